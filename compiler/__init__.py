@@ -1,0 +1,1 @@
+"""The compiler: checkpoint, captured program, passes, artifact."""

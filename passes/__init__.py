@@ -1,0 +1,1 @@
+"""Graph passes, one a file: program in, program out, changed or not, and why not."""
