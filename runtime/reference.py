@@ -1,0 +1,170 @@
+"""The portable linears in plain torch: the result that every other backend is checked against.
+
+Symbols: M rows, K channels, N outputs, U units of 64 channels (see `hif4c.runtime.format`).
+"""
+
+from typing import Any
+
+import torch
+
+from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.format import UNIT, check_input, check_planes, dequantize
+from hif4c.runtime.rotation import block_hadamard
+
+__all__ = ["ACTIVATIONS", "check_linear", "check_linear_w4", "linear", "linear_w4"]
+
+ACTIVATIONS = ("gelu_tanh",)
+
+_OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Bounds on the blocks, in elements. Whatever the shape (a single row of K excepted): decoded activations 16 MB, decoded
+# weight rows 8 MB, accumulator and unit product 4 MB each, and what decoding needs. 60 MB were seen in all.
+_BLOCK_A = 1 << 22
+_BLOCK_W = 1 << 21
+_BLOCK_OUT = 1 << 20
+
+
+def check_linear(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    w_codes: torch.Tensor,
+    w_scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
+) -> None:
+    """Raise Hif4Error unless the arguments of `linear` fit each other; looks at shapes and dtypes only."""
+    check_planes(codes, scales, what="linear input")
+    _check_weight(w_codes, w_scales, bias, activation, dtype)
+    if codes.shape[-1] != w_codes.shape[-1]:
+        raise Hif4Error(
+            f"linear: the input has {codes.shape[-1] // (UNIT // 2)} units of {UNIT} channels, "
+            f"the weight {w_codes.shape[-1] // (UNIT // 2)}."
+        )
+
+
+def check_linear_w4(
+    x: torch.Tensor,
+    w_codes: torch.Tensor,
+    w_scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    hadamard: int,
+    activation: str | None,
+    dtype: torch.dtype,
+) -> None:
+    """Raise Hif4Error unless the arguments of `linear_w4` fit each other; looks at shapes and dtypes only."""
+    check_input(x, mask, hadamard)
+    _check_weight(w_codes, w_scales, bias, activation, dtype)
+    check_planes(w_codes, w_scales, x.shape[-1], what="linear_w4 weight")
+
+
+def _check_weight(
+    w_codes: torch.Tensor, w_scales: torch.Tensor, bias: torch.Tensor | None, activation: str | None, dtype: Any
+) -> None:
+    check_planes(w_codes, w_scales, what="linear weight")
+    if w_codes.dim() != 2:
+        raise Hif4Error(f"linear: weight codes must have shape [N, Kp/2], not {list(w_codes.shape)}.")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != w_codes.shape[0]):
+        raise Hif4Error(f"linear: the bias must have shape [{w_codes.shape[0]}], not {list(bias.shape)}.")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise Hif4Error(f"linear: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}.")
+    if dtype not in _OUTPUT_DTYPES:
+        raise Hif4Error(f"linear: the output must be bfloat16, float16 or float32, not {dtype}.")
+
+
+@torch.no_grad()
+def linear(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    w_codes: torch.Tensor,
+    w_scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Product of two HiF4 tensors: `activation(sum over units of exact dot products + bias)`, cast once.
+
+    codes [..., Kp/2] and scales [..., U, 4] of the input, w_codes [N, Kp/2] and w_scales [N, U, 4] of the weight, all
+    uint8; bias [N] floating point or None; activation None or "gelu_tanh"; dtype bf16, fp16 or fp32. Returns [..., N].
+
+    The contract: in each unit the int32 dot product of the in-unit integers, times Ea*Eb/16; both exact in fp32. From
+    an accumulator of 0, fp32 additions of the units in order; then the bias, the activation, and one cast.
+    Here a unit's dot product is an fp32 matmul of decoded values. Every term is an integer of at most 28*28 times
+    Ea*Eb/16, so every partial sum is an integer of at most 64*784 < 2^24 (times a 6-bit significand shared by all, 22
+    bits together): exact in whatever order and with whatever thread count the matmul adds. The result is therefore the
+    same for every blocking, batch and thread count. A NaN unit makes its row or column NaN.
+
+    Weights are decoded a few rows at a time; temporaries stay under about 64 MB, the output aside.
+    Raises Hif4Error for planes, bias, activation or dtype that do not fit.
+    """
+    check_linear(codes, scales, w_codes, w_scales, bias, activation, dtype)
+    n, kp = w_codes.shape[0], w_codes.shape[1] * 2
+    units = kp // UNIT
+    flat_codes, flat_scales = codes.reshape(-1, kp // 2), scales.reshape(-1, units, 4)
+    m = flat_codes.shape[0]
+    out = torch.empty((m, n), dtype=dtype, device=codes.device)
+    step_m = max(1, _BLOCK_A // max(1, kp))
+    step_n = max(1, min(_BLOCK_W // max(1, kp), _BLOCK_OUT // min(step_m, max(1, m))))
+    with torch.autocast(codes.device.type, enabled=False):
+        for i in range(0, m, step_m):
+            rows = slice(i, i + step_m)
+            a = dequantize(flat_codes[rows], flat_scales[rows], kp, torch.float32)
+            for j in range(0, n, step_n):
+                cols = slice(j, j + step_n)
+                w = dequantize(w_codes[cols], w_scales[cols], kp, torch.float32).t()
+                acc = a.new_zeros((a.shape[0], w.shape[1]))
+                dot = torch.empty_like(acc)
+                for u in range(0, kp, UNIT):
+                    # Not addmm: where it adds the accumulator, before or after the sum of products, is up to the BLAS.
+                    acc.add_(torch.mm(a[:, u : u + UNIT], w[u : u + UNIT], out=dot))
+                out[rows, cols] = _finish(acc, None if bias is None else bias[cols], activation)
+    return out.view(*codes.shape[:-1], n)
+
+
+@torch.no_grad()
+def linear_w4(
+    x: torch.Tensor,
+    w_codes: torch.Tensor,
+    w_scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    hadamard: int = 0,
+    activation: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Weight-only linear: `activation(rotate(x * mask) @ W^T + bias)` with the decoded weight W; x is not quantized.
+
+    x [..., K] bf16, fp16 or fp32; w_codes [N, Kp/2] and w_scales [N, U, 4] uint8; bias [N] and mask [K] floating point
+    or None; hadamard the rotation width (0 or 1: none); activation None or "gelu_tanh"; dtype bf16, fp16 or fp32.
+    Returns [..., N].
+
+    Mask, rotation, matmul and epilogue are in fp32 with one cast at the end. The order of the fp32 additions is the
+    BLAS's, so results agree to rounding, not to the bit, across batch sizes, threads and backends.
+    Weights are decoded a few rows at a time; temporaries stay under about 64 MB, fp32 copies of x aside.
+    Raises Hif4Error for tensors, activation or dtype that do not fit.
+    """
+    check_linear_w4(x, w_codes, w_scales, bias, mask, hadamard, activation, dtype)
+    k, n = x.shape[-1], w_codes.shape[0]
+    with torch.autocast(x.device.type, enabled=False):
+        y = x.float()
+        if mask is not None:
+            y = y * mask.float()
+        if hadamard > 1:
+            y = block_hadamard(y, hadamard)
+        y = y.reshape(-1, k)
+        out = torch.empty((y.shape[0], n), dtype=dtype, device=x.device)
+        step = max(1, min(_BLOCK_W // max(1, k), _BLOCK_OUT // max(1, y.shape[0])))
+        for j in range(0, n, step):
+            cols = slice(j, j + step)
+            acc = torch.mm(y, dequantize(w_codes[cols], w_scales[cols], k, torch.float32).t())
+            out[:, cols] = _finish(acc, None if bias is None else bias[cols], activation)
+    return out.view(*x.shape[:-1], n)
+
+
+def _finish(acc: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
+    """Bias and activation on the fp32 accumulator [m, n]; the caller's store casts."""
+    if bias is not None:
+        acc.add_(bias.float())
+    if activation == "gelu_tanh":
+        return torch.nn.functional.gelu(acc, approximate="tanh")
+    return acc
