@@ -71,8 +71,8 @@ class StreamingWriter:
     """Writes the given tensors, in the given order, as one safetensors file or as shards with an index.
 
     Used as a context manager it closes at the end, and on an exception it removes every file that it made. A wrong call
-    (order, name, dtype, shape, or closing early) raises ValueError; a full disk and the like raise Hif4Error. `files` gives
-    for each complete file its name, size in bytes and sha256.
+    (order, name, dtype, shape, or closing early) raises ValueError; a full disk and the like raise Hif4Error. `files`
+    maps the name of each complete file to its size in bytes and its sha256.
 
     Args:
         directory: an existing directory. Existing files are never overwritten.
@@ -256,8 +256,7 @@ class TensorFile:
         spec, offset = self._entry(name)
         if spec.nbytes == 0:
             return torch.empty(spec.shape, dtype=spec.dtype)
-        start = self._data_start + offset
-        if start % spec.dtype.itemsize:
+        if (start := self._data_start + offset) % spec.dtype.itemsize:
             copy = bytearray(self._map[start : start + spec.nbytes])
             return torch.frombuffer(copy, dtype=spec.dtype).view(spec.shape)
         flat = torch.frombuffer(self._map, dtype=spec.dtype, count=math.prod(spec.shape), offset=start)
