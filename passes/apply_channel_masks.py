@@ -1,0 +1,52 @@
+"""Give every quantized linear the channel mask of its input (SmoothQuant-style, arXiv 2211.10438; ViDiT-Q)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from hif4c.passes.program import PassResult, Precision, Program
+
+__all__ = ["apply_channel_masks"]
+
+
+def apply_channel_masks(program: Program, assignment: dict[str, str] | None = None) -> PassResult:
+    """Let `x` be multiplied by m inside `hif4::quantize` and the weight's columns by 1/m when it is packed.
+
+    Args:
+        program: with `masks` (name -> m [K] float32) filled from a calibration.
+        assignment: linear's module path -> mask name. Linears that read one input must have one mask.
+
+    Raises:
+        ValueError: unknown linear or mask, a mask of the wrong length or with values that are not positive and finite,
+            or two masks for one input.
+    """
+    if not assignment:
+        return PassResult(False, ["the recipe has no channel masks"])
+    by_input: dict[fx.Node, str] = {}
+    applied = 0
+    for node in program.linears():
+        path = program.linear_path(node)
+        name = assignment.get(path)
+        if name is None:
+            continue
+        mask = program.masks[name]
+        features = node.args[1].meta["val"].shape[1]  # type: ignore[union-attr]
+        if mask.shape != (features,):
+            raise ValueError(f"mask {name} has shape {list(mask.shape)}, but {path} has {features} input channels")
+        if not bool(torch.isfinite(mask).all() and (mask > 0).all()):
+            raise ValueError(f"mask {name} has values that are not positive and finite")
+        if program.decisions[path].precision != Precision.W4A4:
+            continue  # nothing is quantized that the mask could help
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if by_input.setdefault(source, name) != name:
+            raise ValueError(f"{path} reads the same input as other linears but has another mask: {name}")
+        program.decisions[path] = replace(program.decisions[path], mask=name)
+        applied += 1
+    unknown = sorted(assignment.keys() - program.decisions.keys())
+    if unknown:
+        raise ValueError(f"masks are assigned to linears that do not exist: {unknown}")
+    return PassResult(applied > 0, [f"{len(set(by_input.values()))} masks for {applied} linears"])

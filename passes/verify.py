@@ -1,0 +1,160 @@
+"""The legal program at each stage. Runs after every pass; a violation is a bug of the pass that ran last."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from enum import IntEnum
+
+import torch
+from torch import fx
+
+from hif4c.passes.mark_boundaries import region
+from hif4c.passes.program import LINEAR, Precision, Program
+from hif4c.runtime.format import packed_shapes
+
+__all__ = ["Stage", "verify"]
+
+hif4 = torch.ops.hif4
+FUSED = (hif4.linear.default, hif4.linear_w4.default)
+
+
+class Stage(IntEnum):
+    """How far a program has come."""
+
+    CAPTURED = 0
+    FUNCTIONAL = 1
+    PLANNED = 2
+    QDQ = 3
+    PACKED = 4
+    LOWERED = 5
+
+
+def verify(program: Program, stage: Stage) -> None:
+    """Check everything that holds from `stage` on.
+
+    Raises:
+        ValueError: names the node and the rule that it breaks.
+    """
+    _check_form(program)
+    if stage >= Stage.FUNCTIONAL:
+        _check_functional(program)
+    if stage < Stage.QDQ:
+        _forbid(program, lambda node: node.target in vars(hif4).values(), "is a hif4 operator before Q/DQ insertion")
+    if stage >= Stage.PLANNED:
+        _check_planned(program)
+    if stage == Stage.QDQ:
+        _check_qdq(program)
+    if stage >= Stage.PACKED:
+        _check_packed(program)
+    if stage >= Stage.LOWERED:
+        _check_lowered(program)
+
+
+def _check_form(program: Program) -> None:
+    """Every stage: well-formed graph, a value for every node, tensors and placeholders in step."""
+    program.graph.lint()
+    placeholders = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+    if set(placeholders) != {*program.tensors, *program.inputs}:
+        odd = set(placeholders) ^ {*program.tensors, *program.inputs}
+        raise ValueError(f"placeholders and tensors disagree about {sorted(odd)}")
+    if placeholders[-len(program.inputs) :] != program.inputs:
+        raise ValueError("the user inputs are not the last placeholders")
+    names = [spec.name for spec in program.tensors.values()]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two tensors are called {max(names, key=names.count)}")
+    for node in program.graph.nodes:
+        if node.op not in ("placeholder", "call_function", "output"):
+            raise ValueError(f"{node.name} is a {node.op}, which no program may hold")
+        if node.op != "output" and "val" not in node.meta:
+            raise ValueError(f"{node.name} has no value")
+        if node.op == "placeholder" and node.name in program.tensors:
+            spec, value = program.tensors[node.name], node.meta["val"]
+            if (spec.dtype, spec.shape) != (value.dtype, tuple(value.shape)):
+                raise ValueError(f"{node.name}: the spec says {spec.dtype} {spec.shape}, the graph {value}")
+
+
+def _check_functional(program: Program) -> None:
+    def writes(node: fx.Node) -> bool:
+        return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+    _forbid(program, writes, "writes into its argument")
+    _forbid(program, lambda node: node.target is torch.ops.aten.empty_like.default, "is uninitialised memory")
+    _forbid(program, lambda node: node.target is torch.ops.aten._assert_tensor_metadata.default, "is a trace assert")
+
+
+def _check_planned(program: Program) -> None:
+    for node in program.linears():
+        path = program.linear_path(node) if not _reads_planes(program, node) else None
+        if path is not None and path not in program.decisions:
+            raise ValueError(f"{node.name} ({path}) has no decision")
+
+
+def _check_qdq(program: Program) -> None:
+    """Each quantized linear reads what its decision says; the others read no dequantized value."""
+    for node in program.linears():
+        decision = program.decisions[program.linear_path(node)]
+        source, weight = node.args[:2]
+        found = (_is_round_trip(source), _is_round_trip(weight))
+        expected = (decision.precision == Precision.W4A4, decision.quantized)
+        if found != expected:
+            raise ValueError(
+                f"{decision.path} is {decision.precision}, but quantized (input, weight) is {found}, not {expected}"
+            )
+
+
+def _check_packed(program: Program) -> None:
+    """No weight is quantized in the graph; planes have the shapes of the format."""
+    for node in program.graph.nodes:
+        if node.target is hif4.quantize.default and node.args[0].name in program.tensors:
+            raise ValueError(f"{node.name} quantizes the stored tensor {node.args[0].name} at run time")
+    whole = {spec.source for spec in program.tensors.values() if spec.plane == "whole"}
+    planes: dict[str | None, dict[str, tuple[int, ...]]] = {}
+    for spec in program.tensors.values():
+        if spec.plane != "whole":
+            if spec.source in whole:
+                raise ValueError(f"{spec.source} is stored both packed and whole")
+            planes.setdefault(spec.source, {})[spec.plane] = spec.shape
+    expected = {f"{path}.weight" for path, decision in program.decisions.items() if decision.quantized}
+    if set(planes) != expected:
+        raise ValueError(f"packed tensors and decisions disagree about {sorted(map(str, set(planes) ^ expected))}")
+    for source, found in planes.items():
+        rows, columns = found["codes"][0], 2 * found["codes"][1]
+        if tuple(map(tuple, packed_shapes((rows, columns)))) != (found["codes"], found["scales"]):
+            raise ValueError(f"{source}: planes {found} are not the two planes of one packed tensor")
+
+
+def _check_lowered(program: Program) -> None:
+    """One fused node for every quantized linear, one `aten.linear` for every other; none in a boundary region."""
+    _forbid(program, lambda node: node.target is hif4.dequantize.default, "is left unfused")
+    counts = {
+        precision: sum(decision.precision == precision for decision in program.decisions.values())
+        for precision in (Precision.W4A4, Precision.W4A16, Precision.HIGH)
+    }
+    found = {
+        precision: sum(node.target is target for node in program.graph.nodes)
+        for precision, target in zip(counts, (*FUSED, LINEAR), strict=True)
+    }
+    if counts != found:
+        raise ValueError(f"the plan has {counts}, the graph {found}")
+    _forbid(program, lambda node: node.target in FUSED and region(node) == "boundary", "is 4-bit in a boundary region")
+
+
+def _is_round_trip(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.target is hif4.dequantize.default
+
+
+def _reads_planes(program: Program, node: fx.Node) -> bool:
+    """Whether the linear's weight is already packed, so that its path is no longer that of a stored weight."""
+    weight = node.args[1]
+    while isinstance(weight, fx.Node) and weight.op == "call_function" and weight.target is not operator.getitem:
+        weight = weight.args[0]
+    return (
+        isinstance(weight, fx.Node) and weight.name in program.tensors and program.tensors[weight.name].plane != "whole"
+    )
+
+
+def _forbid(program: Program, rule: Callable[[fx.Node], bool], what: str) -> None:
+    for node in program.graph.nodes:
+        if node.op == "call_function" and rule(node):
+            raise ValueError(f"{node.name} ({node.target}) {what}")
