@@ -17,7 +17,7 @@ ACTIVATIONS = ("gelu_tanh",)
 
 _OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Bounds on the blocks, in elements. Whatever the shape (a single row of K excepted): decoded activations 16 MB, decoded
-# weight rows 8 MB, accumulator and unit product 4 MB each, and what decoding needs. 60 MB were seen in all.
+# weight rows 8 MB, accumulator and unit products 4 MB each, and what decoding needs. 60 MB were seen in all.
 _BLOCK_A = 1 << 22
 _BLOCK_W = 1 << 21
 _BLOCK_OUT = 1 << 20
@@ -111,12 +111,8 @@ def linear(
             a = dequantize(flat_codes[rows], flat_scales[rows], kp, torch.float32)
             for j in range(0, n, step_n):
                 cols = slice(j, j + step_n)
-                w = dequantize(w_codes[cols], w_scales[cols], kp, torch.float32).t()
-                acc = a.new_zeros((a.shape[0], w.shape[1]))
-                dot = torch.empty_like(acc)
-                for u in range(0, kp, UNIT):
-                    # Not addmm: where it adds the accumulator, before or after the sum of products, is up to the BLAS.
-                    acc.add_(torch.mm(a[:, u : u + UNIT], w[u : u + UNIT], out=dot))
+                w = dequantize(w_codes[cols], w_scales[cols], kp, torch.float32)
+                acc = _accumulate(a.view(-1, units, UNIT), w.view(-1, units, UNIT))
                 out[rows, cols] = _finish(acc, None if bias is None else bias[cols], activation)
     return out.view(*codes.shape[:-1], n)
 
@@ -159,6 +155,19 @@ def linear_w4(
             acc = torch.mm(y, dequantize(w_codes[cols], w_scales[cols], k, torch.float32).t())
             out[:, cols] = _finish(acc, None if bias is None else bias[cols], activation)
     return out.view(*x.shape[:-1], n)
+
+
+def _accumulate(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """Unit by unit, in order: the sum of a [m, U, 64] @ w [n, U, 64]^T over U, fp32 [m, n]."""
+    acc = a.new_zeros((a.shape[0], w.shape[0]))
+    a, w = a.transpose(0, 1), w.permute(1, 2, 0)
+    # Several units a call, as each call to the BLAS wakes its threads. Not baddbmm: whether it adds the accumulator
+    # before or after the products is up to the BLAS.
+    step = max(1, _BLOCK_OUT // max(1, acc.numel()))
+    for u in range(0, a.shape[0], step):
+        for dot in torch.bmm(a[u : u + step], w[u : u + step]):
+            acc.add_(dot)
+    return acc
 
 
 def _finish(acc: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
