@@ -64,7 +64,10 @@ class Checkpoint:
         stored = self._open_files()
         found = "wan" if is_original_layout(stored) else "diffusers"
         if layout not in (None, found):
-            raise Hif4Error(f"{self.folder}: the weights have {found}'s names, but the configuration is {layout}'s.")
+            raise Hif4Error(
+                f"{self.folder}: the weights are named as in the {found} layout, but config.json is of the {layout} "
+                "layout; fetch both from one place."
+            )
         self.layout = found
         self._map_names(stored)
 
@@ -223,7 +226,9 @@ class Checkpoint:
             else:
                 self._places[ours] = (file, name)
         if unknown:
-            raise Hif4Error(f"{self.folder}: Wan2.2 has no {_some(unknown)}; these weights are of another model.")
+            raise Hif4Error(
+                f"{self.folder}: holds {_some(unknown)} that Wan2.2 does not have; use the weights of Wan2.2."
+            )
 
 
 def _some(names: Sequence[str]) -> str:

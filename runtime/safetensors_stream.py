@@ -272,10 +272,8 @@ class TensorFile:
     def close(self) -> None:
         """Give up the map; tensors read from it keep it alive."""
         self._entries = {}
-        try:
-            self._map.close()
-        except BufferError:
-            del self._map  # the views own it now
+        # Dropped, not closed: torch keeps the map alive but would not stop it from being closed under a tensor.
+        vars(self).pop("_map", None)
 
     def __enter__(self) -> Self:
         return self
