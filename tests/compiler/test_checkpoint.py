@@ -149,12 +149,15 @@ def test_quantized_weights_are_refused(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_validation_names_tensor_and_file(tmp_path, value, dtype):
-    state = {"good": torch.ones(3, dtype=dtype), "blocks.0.bad.weight": torch.ones(7, 5, dtype=dtype)}
-    state["blocks.0.bad.weight"][6, 4] = value
+@pytest.mark.parametrize("position", [(0, 0), (3, 2), (6, 4)])
+def test_validation_names_tensor_and_file(tmp_path, value, dtype, position):
+    state = {"good": torch.ones(3, dtype=dtype), "none": torch.ones(0, dtype=dtype)}
+    state["blocks.0.bad.weight"] = torch.ones(7, 5, dtype=dtype)
+    state["blocks.0.bad.weight"][position] = value
     save_file(state, tmp_path / "model.safetensors")
     with Checkpoint(tmp_path) as checkpoint:
         checkpoint.read("good", validate=True)
+        checkpoint.read("none", validate=True)
         assert checkpoint.read("blocks.0.bad.weight").shape == (7, 5)
         with pytest.raises(Hif4Error, match=r"model\.safetensors: tensor blocks\.0\.bad\.weight holds NaN or infinite"):
             checkpoint.read("blocks.0.bad.weight", validate=True)

@@ -65,8 +65,17 @@ def test_wan_directory_is_described_as_the_diffusers_one(tmp_path, variant):
 
 def test_wan_published_config_uses_wans_defaults(tmp_path):
     published = {
-        "_class_name": "WanModel", "_diffusers_version": "0.33.0", "dim": 5120, "eps": 1e-06, "ffn_dim": 13824,
-        "freq_dim": 256, "in_dim": 36, "model_type": "i2v", "num_heads": 40, "num_layers": 40, "out_dim": 16,
+        "_class_name": "WanModel",
+        "_diffusers_version": "0.33.0",
+        "dim": 5120,
+        "eps": 1e-06,
+        "ffn_dim": 13824,
+        "freq_dim": 256,
+        "in_dim": 36,
+        "model_type": "i2v",
+        "num_heads": 40,
+        "num_layers": 40,
+        "out_dim": 16,
         "text_len": 512,
     }
     for folder in ("high_noise_model", "low_noise_model"):
