@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from hif4c.compiler.models import WanConfig
-from hif4c.passes.program import Program, TensorSpec
+from hif4c.passes.program import Program, TensorSource
 from hif4c.runtime.errors import Hif4Error
 
 __all__ = ["build_transformer", "capture", "export_transformer"]
@@ -81,7 +81,7 @@ def export_transformer(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.export.export(model, (), sample, dynamic_shapes=dynamic, strict=False)
-    return exported, {name: buffer for name, buffer in model.named_buffers()}
+    return exported, dict(model.named_buffers())
 
 
 def _build(config: WanConfig, dtype: torch.dtype) -> tuple[nn.Module, FakeTensorMode]:
@@ -96,7 +96,7 @@ def _build(config: WanConfig, dtype: torch.dtype) -> tuple[nn.Module, FakeTensor
         for path, module in model.named_modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    kept = keep & set([*path.split("."), name])
+                    kept = keep & {*path.split("."), name}
                     fake = torch.empty(parameter.shape, dtype=torch.float32 if kept else dtype)
                     module._parameters[name] = nn.Parameter(fake, requires_grad=False)
     # The rotary tables are computed, not loaded: they must be real.
@@ -107,7 +107,7 @@ def _build(config: WanConfig, dtype: torch.dtype) -> tuple[nn.Module, FakeTensor
 def _to_program(exported: ExportedProgram, buffers: dict[str, torch.Tensor]) -> Program:
     """Turn the graph signature into a table of tensors; keep the graph."""
     graph = exported.graph
-    tensors: dict[str, TensorSpec] = {}
+    tensors: dict[str, TensorSource] = {}
     inputs: list[str] = []
     signature = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     for node in list(graph.nodes):
@@ -121,10 +121,10 @@ def _to_program(exported: ExportedProgram, buffers: dict[str, torch.Tensor]) -> 
                 inputs.append(node.name)
         elif spec.kind == InputKind.PARAMETER:
             value = node.meta["val"]
-            tensors[node.name] = TensorSpec(spec.target, value.dtype, tuple(value.shape), source=spec.target)
+            tensors[node.name] = TensorSource(spec.target, value.dtype, tuple(value.shape), source=spec.target)
         elif spec.kind == InputKind.BUFFER:
             table = buffers[spec.target]
-            tensors[node.name] = TensorSpec(spec.target, table.dtype, tuple(table.shape), value=table)
+            tensors[node.name] = TensorSource(spec.target, table.dtype, tuple(table.shape), value=table)
         else:
             raise NotImplementedError(f"{node.name}: an input of kind {spec.kind} was not expected in this model")
     mode = next(node.meta["val"].fake_mode for node in graph.nodes if node.name in inputs)

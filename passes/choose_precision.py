@@ -20,8 +20,9 @@ def choose_precision(program: Program, plan: Sequence[Decision]) -> PassResult:
     regions = {program.linear_path(node): region(node) for node in program.linears()}
     if regions.keys() != decisions.keys():
         raise ValueError(
-            f"the plan and the graph disagree about the linears: only planned {sorted(decisions.keys() - regions.keys())},"
-            f" only in the graph {sorted(regions.keys() - decisions.keys())}"
+            "the plan and the graph disagree about the linears: "
+            f"only planned {sorted(decisions.keys() - regions.keys())}, "
+            f"only in the graph {sorted(regions.keys() - decisions.keys())}"
         )
     for path, decision in decisions.items():
         if decision.quantized and regions[path] == "boundary":

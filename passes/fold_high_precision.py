@@ -6,20 +6,23 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from hif4c.passes.program import PassResult, Program, TensorSpec, module_path
+from hif4c.passes.program import PassResult, Program, TensorSource, module_path
 from hif4c.passes.share_quantized_inputs import share_equal_nodes
 
 __all__ = ["fold_high_precision"]
 
 
 def fold_high_precision(program: Program) -> PassResult:
-    """Compute subgraphs that depend on no input (the timestep frequencies) and merge equal nodes. Bit for bit the same."""
+    """Compute subgraphs that depend on no input (the timestep frequencies) and merge equal nodes.
+
+    Results stay bit for bit the same.
+    """
     constants = _constant_nodes(program)
     frontier = [node for node in constants if any(user not in constants for user in node.users)]
     for node in frontier:
         with unset_fake_temporarily():
             value = _evaluate(node, {})
-        spec = TensorSpec(f"{module_path(node)}.{node.name}", value.dtype, tuple(value.shape), value=value)
+        spec = TensorSource(f"{module_path(node)}.{node.name}", value.dtype, tuple(value.shape), value=value)
         node.replace_all_uses_with(program.add_tensor(spec, program.placeholder(program.inputs[0])))
     merged = share_equal_nodes(program)
     program.clean()

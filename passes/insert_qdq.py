@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from hif4c.passes.program import PassResult, Precision, Program, TensorSpec
+from hif4c.passes.program import PassResult, Precision, Program, TensorSource
 
 __all__ = ["insert_qdq"]
 
@@ -60,6 +60,6 @@ def _mask_tensors(program: Program, name: str) -> tuple[fx.Node, fx.Node]:
         if full_name in existing:
             nodes.append(program.placeholder(existing[full_name]))
         else:
-            spec = TensorSpec(full_name, torch.float32, tuple(value.shape), value=value)
+            spec = TensorSource(full_name, torch.float32, tuple(value.shape), value=value)
             nodes.append(program.add_tensor(spec, before))
     return nodes[0], nodes[1]

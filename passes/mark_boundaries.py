@@ -1,4 +1,4 @@
-"""Mark which part of the model every node belongs to: a transformer block, or a boundary that stays in high precision."""
+"""Mark which part of the model every node belongs to: a transformer block, or a high-precision boundary."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import operator
 
 import torch
 
-from hif4c.passes.program import PassResult, Program, TensorSpec
+from hif4c.passes.program import PassResult, Program, TensorSource
 from hif4c.runtime.format import packed_shapes
 
 __all__ = ["pack_weights"]
@@ -28,8 +28,15 @@ def pack_weights(program: Program) -> PassResult:
         mask = program.tensors[inverse.name].name.removesuffix(".inverse") if inverse is not None else None
         codes_shape, scales_shape = packed_shapes(spec.shape)
         for index, (plane, shape) in enumerate((("codes", codes_shape), ("scales", scales_shape))):
-            stored = TensorSpec(
-                f"{spec.name}.{plane}", torch.uint8, tuple(shape), spec.source, plane, mask=mask, hadamard=hadamard
+            stored = TensorSource(
+                f"{spec.name}.{plane}",
+                torch.uint8,
+                tuple(shape),
+                source=spec.source,
+                plane=plane,
+                mask=mask,
+                hadamard=hadamard,
+                packed_from=spec.dtype,
             )
             placeholder = program.add_tensor(stored, source)
             for user in list(quantize.users):

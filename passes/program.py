@@ -1,7 +1,7 @@
 """The program that the passes transform: one expert's graph and where each of its tensors comes from.
 
-It is what `torch.export` captured, without the book-keeping of an ExportedProgram: the FX graph stays, the graph signature
-becomes a table from placeholder to `TensorSpec`. No weight is in memory; a spec says how its bytes will be made.
+It is what `torch.export` captured, without the book-keeping of an ExportedProgram: the FX graph stays, the graph
+signature becomes a table from placeholder to `TensorSource`. No weight is in memory; its source says how it is made.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hif4c.runtime.ops  # noqa: F401  (registers torch.ops.hif4)
 
-__all__ = ["Decision", "PassResult", "Precision", "Program", "TensorSpec", "module_path"]
+__all__ = ["Decision", "PassResult", "Precision", "Program", "TensorSource", "module_path"]
 
 LINEAR = torch.ops.aten.linear.default
 
@@ -54,7 +54,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class TensorSpec:
+class TensorSource:
     """A tensor that the program reads and the artifact stores.
 
     Attributes:
@@ -65,6 +65,7 @@ class TensorSpec:
         plane: "whole" (copied), or "codes" / "scales" (a plane of the packed HiF4 tensor).
         mask: name of the channel mask m whose inverse multiplies the source's columns before packing.
         hadamard: block rotation of the source before packing, 0 for none.
+        packed_from: for a plane, the dtype in which the unquantized program reads the source.
         value: the tensor itself, for constants and masks.
     """
 
@@ -75,6 +76,7 @@ class TensorSpec:
     plane: str = "whole"
     mask: str | None = None
     hadamard: int = 0
+    packed_from: torch.dtype | None = None
     value: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
 
@@ -101,7 +103,7 @@ class Program:
     """
 
     graph: fx.Graph
-    tensors: dict[str, TensorSpec]
+    tensors: dict[str, TensorSource]
     inputs: list[str]
     fake_mode: FakeTensorMode
     symbols: dict[str, str] = field(default_factory=dict)
@@ -130,8 +132,8 @@ class Program:
             raise ValueError(f"{node.name} reads {weight.name}, which is not the weight of a module")
         return source.removesuffix(".weight")
 
-    def add_tensor(self, spec: TensorSpec, before: fx.Node) -> fx.Node:
-        """Insert a placeholder for `spec` ahead of the placeholder `before`, with a fake value of its dtype and shape."""
+    def add_tensor(self, spec: TensorSource, before: fx.Node) -> fx.Node:
+        """Insert a placeholder for `spec` ahead of the placeholder `before`, with a fake value."""
         with self.graph.inserting_before(before):
             node = self.graph.placeholder("t_" + spec.name.replace(".", "_"))
         with self.fake_mode:

@@ -1,4 +1,4 @@
-"""Quantize an input once for all the linears that read it: q, k and v; and the text tokens for every block's k and v."""
+"""Quantize an input once for all the linears that read it: q, k and v; the text tokens for every block's k and v."""
 
 from __future__ import annotations
 

@@ -26,14 +26,14 @@ class Executor:
 
     def __init__(self, graph: Graph, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self.graph = graph
-        self._tensors = [tensors[item.name] for item in graph.tensors]
+        self.tensors = [tensors[item.name] for item in graph.tensors]
         self._steps = _schedule(graph, device)
         self._outputs = [ref.index for ref in graph.outputs]
 
     @torch.no_grad()
     def __call__(self, *inputs: torch.Tensor) -> list[Any]:
         """Run on the inputs in the program's order; returns its outputs."""
-        values: list[Any] = [*inputs, *self._tensors, *([None] * len(self._steps))]
+        values: list[Any] = [*inputs, *self.tensors, *([None] * len(self._steps))]
         for function, arguments, keywords, result, dead in self._steps:
             values[result] = function(*arguments(values), **keywords)
             for index in dead:
@@ -42,7 +42,7 @@ class Executor:
 
     def trace(self, *inputs: torch.Tensor) -> list[Any]:
         """Run and return the value of every node, in node order (for tests and calibration of small models)."""
-        values: list[Any] = [*inputs, *self._tensors, *([None] * len(self._steps))]
+        values: list[Any] = [*inputs, *self.tensors, *([None] * len(self._steps))]
         with torch.no_grad():
             for function, arguments, keywords, result, _ in self._steps:
                 values[result] = function(*arguments(values), **keywords)

@@ -1,9 +1,9 @@
 """graph.json: an expert's program as data. Read with an allow-list; nothing is imported, unpickled or executed from it.
 
 The file is JSON with one node a line. Strings that repeat (targets, module paths, types) are tables; a node is
-`[target, args, kwargs, module, type]`. Values are numbered: inputs first, then tensors, then nodes. In arguments a string
-carries its kind in its first character: `%12` value 12, `'tanh` the string tanh, `:bfloat16` a dtype, `@` the device on
-which the program runs. Numbers, booleans, null and lists are themselves.
+`[target, args, kwargs, module, type]`. Values are numbered: inputs first, then tensors, then nodes. In arguments a
+string carries its kind in its first character: `%12` value 12, `'tanh` the string tanh, `:bfloat16` a dtype, `@` the
+device on which the program runs. Numbers, booleans, null and lists are themselves.
 """
 
 from __future__ import annotations
@@ -271,7 +271,8 @@ class _Decoder:
     def _target(name: Any) -> str:
         if name not in TARGETS:
             raise Hif4Error(
-                f"the program calls {name!r}, which is not an operator that an artifact may use; do not run this artifact."
+                f"the program calls {name!r}, which is not an operator that an artifact may use; "
+                "do not run this artifact."
             )
         return name
 

@@ -1,0 +1,242 @@
+"""An artifact on disk: manifest, hashes, memory-mapped tensors. Everything in it is untrusted input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.graph import DTYPES, Graph, InputType, decode
+from hif4c.runtime.safetensors_stream import TensorFile
+
+__all__ = ["FORMAT_VERSION", "Artifact", "ExpertInfo", "canonical_json", "digest", "open_artifact", "sha256_file"]
+
+FORMAT = "hif4c-artifact"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 64 << 20
+MAX_GRAPH_BYTES = 256 << 20
+EXPERT_NAMES = ("transformer", "transformer_2")
+_CHUNK = 8 << 20
+# A stored dtype that is narrower than the graph's but converts to it exactly.
+_EXACT = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float64)}
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class ExpertInfo:
+    """What the manifest says of one expert: config of the model class, dtype, recipe, and its linears with reasons."""
+
+    name: str
+    config: dict[str, Any]
+    dtype: torch.dtype
+    recipe: dict[str, Any]
+    fingerprint: str
+    linears: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An opened artifact whose manifest has been checked.
+
+    Attributes:
+        root: its directory.
+        manifest: the whole manifest.
+        experts: name -> info, in sampling order.
+        files: relative path -> (bytes, sha256).
+    """
+
+    root: Path
+    manifest: dict[str, Any]
+    experts: dict[str, ExpertInfo]
+    files: dict[str, tuple[int, str]]
+
+    @property
+    def expand_timesteps(self) -> bool:
+        """Whether the experts take one timestep a token."""
+        return bool(self.manifest["model"]["expand_timesteps"])
+
+    def expert(self, name: str) -> ExpertInfo:
+        """The info of one expert; Hif4Error lists those that the artifact holds."""
+        if name not in self.experts:
+            raise Hif4Error(f"{self.root}: holds no expert {name!r}; it holds {', '.join(self.experts)}.")
+        return self.experts[name]
+
+    def path(self, relative: str) -> Path:
+        """The path of a file that the manifest lists."""
+        if relative not in self.files:
+            raise Hif4Error(f"{self.root}: the manifest lists no {relative}; the artifact is incomplete.")
+        return self.root / relative
+
+    def verify(self, prefix: str = "", progress: Progress | None = None) -> None:
+        """Compare the sha256 of every listed file below `prefix`, and refuse files that are not listed.
+
+        Args:
+            prefix: "" for all, or a folder such as "transformer/".
+            progress: called with (file, bytes read) as it goes.
+        """
+        for relative, (_, expected) in self.files.items():
+            if relative.startswith(prefix) and sha256_file(self.root / relative, progress) != expected:
+                raise Hif4Error(
+                    f"{self.root / relative}: its content does not match the manifest; the file was damaged or "
+                    "changed, copy the artifact again."
+                )
+        for path in sorted(self.root.rglob("*")):
+            relative = path.relative_to(self.root).as_posix()
+            if (
+                not path.is_dir()
+                and relative != MANIFEST
+                and relative.startswith(prefix)
+                and relative not in self.files
+            ):
+                raise Hif4Error(f"{path}: is not listed in the manifest; remove it or copy the artifact again.")
+
+    def graph(self, expert: str) -> Graph:
+        """Read an expert's program."""
+        self.expert(expert)
+        path = self.path(f"{expert}/graph.json")
+        if path.stat().st_size > MAX_GRAPH_BYTES:
+            raise Hif4Error(f"{path}: is larger than {MAX_GRAPH_BYTES} bytes, which no program is.")
+        return decode(path.read_bytes(), str(path))
+
+    def tensors(self, expert: str, wanted: list[InputType]) -> dict[str, torch.Tensor]:
+        """Map an expert's tensors: zero-copy views of the files, except where the program computes in a wider dtype.
+
+        Raises:
+            Hif4Error: a tensor is missing, left over, or of another shape or dtype than the program states.
+        """
+        shards = [name for name in self.files if name.startswith(f"{expert}/") and name.endswith(".safetensors")]
+        files = [TensorFile(self.path(name)) for name in shards]
+        places = {name: file for file in files for name in file.names}
+        names = {item.name for item in wanted}
+        if names != places.keys():
+            odd = sorted(names ^ places.keys())
+            raise Hif4Error(f"{self.root / expert}: program and weights disagree about {', '.join(odd[:3])}.")
+        return {item.name: _read(places[item.name], item) for item in wanted}
+
+
+def _read(file: TensorFile, item: InputType) -> torch.Tensor:
+    stored, shape = file.info(item.name)
+    dtype = DTYPES[item.type.dtype]
+    if shape != item.type.shape or (stored != dtype and (stored, dtype) not in _EXACT):
+        raise Hif4Error(f"{file.path}: {item.name} is {stored} {list(shape)}, but the program reads {item.type}.")
+    tensor = file.read(item.name)
+    return tensor if stored == dtype else tensor.to(dtype)
+
+
+def open_artifact(path: str | os.PathLike[str]) -> Artifact:
+    """Open a directory as an artifact: manifest, format version, and that every listed file is there in its size.
+
+    Raises:
+        Hif4Error: no artifact, one of a newer format, or one that is damaged or incomplete.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise Hif4Error(f"{root}: there is no such directory; give the output of `hif4c compile`.")
+    manifest_path = root / MANIFEST
+    if not manifest_path.is_file():
+        raise Hif4Error(f"{root}: holds no {MANIFEST}; it is not an artifact, or its copy is incomplete.")
+    if manifest_path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise Hif4Error(f"{manifest_path}: is larger than {MAX_MANIFEST_BYTES} bytes, which no manifest is.")
+    manifest = _read_manifest(manifest_path)
+    try:
+        experts = {
+            name: _expert(name, manifest["experts"][name]) for name in EXPERT_NAMES if name in manifest["experts"]
+        }
+        files = {
+            _confined(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
+        }
+        _ = (manifest["model"]["source"], manifest["model"]["expand_timesteps"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise Hif4Error(f"{manifest_path}: does not have the structure of a manifest ({reason}).") from None
+    if not experts:
+        raise Hif4Error(f"{manifest_path}: lists no expert.")
+    for relative, (size, _) in files.items():
+        _check_file(root, relative, size)
+    return Artifact(root, manifest, experts, files)
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one way in which a manifest is written: sorted keys, two spaces, ASCII, a newline at the end."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """sha256 of a manifest without its own `digest`."""
+    return hashlib.sha256(
+        canonical_json({key: value for key, value in manifest.items() if key != "digest"})
+    ).hexdigest()
+
+
+def sha256_file(path: Path, progress: Progress | None = None) -> str:
+    """sha256 of a file, read in pieces."""
+    result = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                result.update(chunk)
+                if progress is not None:
+                    progress(path.name, len(chunk))
+    except OSError as error:
+        raise Hif4Error(f"{path}: cannot be read ({error.strerror}).") from None
+    return result.hexdigest()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Hif4Error(f"{path}: is not valid JSON; the artifact is damaged, copy it again.") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise Hif4Error(f"{path}: is not the manifest of a hif4c artifact.")
+    version = manifest.get("format_version")
+    if type(version) is not int or version > FORMAT_VERSION:
+        raise Hif4Error(
+            f"{path}: the artifact has format version {version!r} and this hif4c reads up to {FORMAT_VERSION}; "
+            "upgrade hif4c on this machine."
+        )
+    if manifest.get("digest") != digest(manifest) or canonical_json(manifest) != data:
+        raise Hif4Error(f"{path}: does not match its own digest; it was damaged or changed, copy the artifact again.")
+    return manifest
+
+
+def _expert(name: str, entry: Mapping[str, Any]) -> ExpertInfo:
+    return ExpertInfo(
+        name,
+        dict(entry["config"]),
+        DTYPES[entry["dtype"]],
+        dict(entry["recipe"]),
+        str(entry["fingerprint"]),
+        [dict(item) for item in entry["linears"]],
+    )
+
+
+def _confined(name: str) -> str:
+    """A relative path that cannot leave the artifact."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or "\\" in name or "\0" in name or any(part in ("..", ".") for part in parts):
+        raise ValueError(f"{name!r} is not a path inside the artifact")
+    return name
+
+
+def _check_file(root: Path, relative: str, size: int) -> None:
+    path = root / relative
+    try:
+        info = path.lstat()
+    except OSError:
+        raise Hif4Error(f"{path}: is missing, though the manifest lists it; copy the artifact again.") from None
+    if not stat.S_ISREG(info.st_mode) or not path.resolve().is_relative_to(root.resolve()):
+        raise Hif4Error(f"{path}: is not a plain file inside the artifact.")
+    if info.st_size != size:
+        raise Hif4Error(f"{path}: has {info.st_size} bytes, the manifest says {size}; copy the artifact again.")

@@ -1,0 +1,82 @@
+"""The whole sampling pipeline: diffusers' scheduler, text encoder and VAE around the compiled experts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hif4c.runtime.artifact import Artifact, open_artifact
+from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.transformer import load_expert
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["load_components", "load_pipeline"]
+
+PIPELINE_CLASSES = ("WanPipeline", "WanImageToVideoPipeline")
+
+
+def load_pipeline(
+    path: str | os.PathLike[str], *, base: str | None = None, verify: bool = True, device: str | torch.device = "cpu"
+) -> DiffusionPipeline:
+    """Load an artifact as a diffusers pipeline with compiled experts.
+
+    Args:
+        path: the artifact's directory.
+        base: directory or hub id of the original pipeline, for an artifact that was compiled without its own copy of
+            text encoder, tokenizer, VAE and scheduler.
+        verify: compare the sha256 of every file with the manifest before anything is used.
+        device: where the pipeline runs.
+
+    Raises:
+        Hif4Error: as `load`; an artifact without a pipeline and no `base`; or one expert of two is missing.
+    """
+    artifact = open_artifact(path)
+    model = artifact.manifest["model"]
+    missing = [name for name in model["experts"] if name not in artifact.experts]
+    if missing:
+        raise Hif4Error(
+            f"{artifact.root}: was compiled without {', '.join(missing)}; a pipeline needs every expert, "
+            "use hif4c.runtime.load for a single one."
+        )
+    if verify:
+        artifact.verify()
+    pipeline = load_components(_components(artifact, base), model["pipeline_class"], without_experts=True)
+    experts = {name: load_expert(artifact, name, verify=False) for name in artifact.experts}
+    pipeline.register_modules(**experts)
+    pipeline.to(device)
+    return pipeline
+
+
+def load_components(source: str, class_name: str, *, without_experts: bool = False) -> DiffusionPipeline:
+    """Load a diffusers pipeline in the dtypes Wan is run in: bf16, the VAE in float32.
+
+    Args:
+        source: directory or hub id.
+        class_name: one of `PIPELINE_CLASSES`.
+        without_experts: leave the transformers out.
+    """
+    try:
+        import diffusers
+    except ImportError:
+        raise Hif4Error("sampling needs diffusers; install it with `pip install 'hif4c[pipeline]'`.") from None
+    if class_name not in PIPELINE_CLASSES:
+        raise Hif4Error(f"pipeline class {class_name!r} is not supported; supported: {', '.join(PIPELINE_CLASSES)}.")
+    absent: dict[str, Any] = {"transformer": None, "transformer_2": None} if without_experts else {}
+    dtypes = {"default": torch.bfloat16, "vae": torch.float32}
+    return getattr(diffusers, class_name).from_pretrained(source, torch_dtype=dtypes, use_safetensors=True, **absent)
+
+
+def _components(artifact: Artifact, base: str | None) -> str:
+    if base is not None:
+        return base
+    if "pipeline/model_index.json" not in artifact.files:
+        raise Hif4Error(
+            f"{artifact.root}: was compiled without the rest of the pipeline; "
+            "say where the original model is (base=..., or --base)."
+        )
+    return str(Path(artifact.root) / "pipeline")
