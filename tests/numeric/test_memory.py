@@ -1,4 +1,4 @@
-"""No temporary grows with the tensor: neither a weight being packed nor one being multiplied is ever widened as a whole."""
+"""No temporary grows with the tensor: a weight is never widened as a whole, neither when packed nor when multiplied."""
 
 from collections.abc import Iterator
 from typing import Any
