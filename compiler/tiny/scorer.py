@@ -1,9 +1,10 @@
 """An objective scorer for clips of wan-tiny's world: it reads the four attributes back from pixels.
 
-The frame is modelled as two colours and a soft coverage. Background: median of the border. Subject colour: median of the most
-distant pixels. Coverage: projection onto the line between the two colours. Shape: best soft intersection over union of the
-coverage with each rendered template, over all positions (half-pixel steps), summed over the frames. Direction: regression of
-the subject's fitted position over time. Any array is accepted: noise, constants and NaN score low and never raise.
+The frame is modelled as two colours and a soft coverage. Background: median of the border. Subject colour: median of
+the most distant pixels. Coverage: projection onto the line between the two colours. Shape: best soft intersection
+over union of the coverage with each rendered template, over all positions (half-pixel steps), summed over the frames.
+Direction: regression of the subject's fitted position over time. Any array is accepted: noise, constants and NaN
+score low and never raise.
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ _MAX_COLOUR_ERROR = 0.35  # RGB distance to a named colour beyond which it is no
 class ClipScore:
     """What was recovered from one clip and how it compares with what was asked for.
 
-    `shape`, `colour`, `background` and `direction` are names or None where nothing could be recognized. `fit_iou`: mean soft
-    IoU (0..1) of the subject with the best-fitting shape. `subject_consistency`: how alike (coverage and colour) the
-    subject is from frame to frame and to the first frame, 0..1. `motion_smoothness`: 1 / (1 + RMS second difference of the
-    subject's position in pixels), 0..1.
+    `shape`, `colour`, `background` and `direction` are names or None where nothing could be recognized. `fit_iou`:
+    mean soft IoU (0..1) of the subject with the best-fitting shape. `subject_consistency`: how alike (coverage and
+    colour) the subject is from frame to frame and to the first frame, 0..1. `motion_smoothness`: 1 / (1 + RMS second
+    difference of the subject's position in pixels), 0..1.
     """
 
     expected: Attributes
@@ -198,7 +199,9 @@ def _consistency(alpha: Array, frames: Array, path: Array, fits: Array) -> float
 
 
 def score_clip(frames: npt.ArrayLike, expected: Attributes) -> ClipScore:
-    """Score one clip, float (0..1) or uint8 `[F, H, W, 3]`, against what its prompt asked for. Never raises on bad pixels."""
+    """Score one clip, float (0..1) or uint8 `[F, H, W, 3]`, against what its prompt asked for. Never raises on bad
+    pixels.
+    """
     clip = _as_unit_float(frames)
     if clip is None:
         return ClipScore(expected, None, None, None, None, 0.0, 0.0, 0.0)

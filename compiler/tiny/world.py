@@ -1,8 +1,8 @@
 """The synthetic world of wan-tiny: one large coloured shape that moves (or not) over a plain background.
 
-Every clip is described completely by four attributes (shape, colour, background, direction) and a starting jitter, so a
-scorer can read the attributes back from pixels and say objectively whether a video follows its prompt. About a tenth of the
-attribute combinations is never trained on; captions of those are the evaluation prompts.
+Every clip is described completely by four attributes (shape, colour, background, direction) and a starting jitter, so
+a scorer can read the attributes back from pixels and say objectively whether a video follows its prompt. About a
+tenth of the attribute combinations is never trained on; captions of those are the evaluation prompts.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def held_out_prompts(n: int) -> list[tuple[str, Attributes]]:
 def coverage(shape: npt.NDArray[np.int64], x: FloatArray, y: FloatArray) -> FloatArray:
     """Antialiased coverage 0..1 of shapes at offsets from their centres.
 
-    `shape` holds indices into `SHAPES` and broadcasts with `x` and `y` (pixels, x right, y down). Coverage is half minus the
-    signed distance to the outline, clipped: a one-pixel ramp.
+    `shape` holds indices into `SHAPES` and broadcasts with `x` and `y` (pixels, x right, y down). Coverage is half
+    minus the signed distance to the outline, clipped: a one-pixel ramp.
     """
     ax, ay = np.abs(x), np.abs(y)
     # Apex (0, -8), base y = 5.5 with half width 8.
@@ -188,8 +188,8 @@ def render_batch(
 ) -> FloatArray:
     """Clips of attribute indices `[N, 4]` (see `attribute_indices`): float32 `[N, F, H, W, 3]` in 0..1.
 
-    The middle position is the centre of the frame plus a random, sub-pixel jitter; a moving shape travels `TRAVEL` pixels
-    over the clip at constant speed, whatever the number of frames.
+    The middle position is the centre of the frame plus a random, sub-pixel jitter; a moving shape travels `TRAVEL`
+    pixels over the clip at constant speed, whatever the number of frames.
     """
     count = len(indices)
     motion = np.asarray(list(DIRECTIONS.values()), dtype=np.float32)[indices[:, 3]]
