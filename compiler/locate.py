@@ -102,6 +102,8 @@ def locate_model(model: str, *, revision: str | None = None, expert_files_only: 
 
 def _locate(model: str, revision: str | None, patterns: list[str] | None) -> ModelLocation:
     local = Path(model) if model and Path(model).is_dir() else tiny_directory() if model == TINY_NAME else None
+    if local is not None and not local.is_dir():
+        raise Hif4Error(f"{model}: its files are not at {local}; install hif4c with its data.")
     if local is not None:
         if revision is not None:
             raise Hif4Error(f"{model}: a local model has no revision {revision!r}; leave the revision out.")

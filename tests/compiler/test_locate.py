@@ -212,6 +212,8 @@ def test_wan_tiny_is_a_directory_of_the_package(tmp_path, monkeypatch):
     found = locate_model("wan-tiny")
     assert (found.source, found.root) == ("wan-tiny", tmp_path / "wan_tiny")
     assert describe_model("wan-tiny").configs == found.configs
+    monkeypatch.setattr(locate, "tiny_directory", lambda: tmp_path / "gone")
+    assert "wan-tiny: its files are not at" in refusal("wan-tiny")
 
 
 def test_builtin_names_are_described_without_files_or_network(monkeypatch):
