@@ -106,6 +106,8 @@ def test_threads_batches_and_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(torch.cat(parts), y)
     assert torch.equal(linear(p[0].view(2, 5, 7, -1), p[1].view(2, 5, 7, -1, 4), *p[2:], bias), y.view(2, 5, 7, 30))
     assert torch.equal(linear(p[0][3], p[1][3], *p[2:], bias), y[3])
+    monkeypatch.setattr(reference, "_BLOCK_OUT", 70 * 30 * 5)  # five units a call to the BLAS
+    assert torch.equal(linear(*p, bias), y)
     for block in (1216 * 2, 1216 * 16):
         for name in ("_BLOCK_A", "_BLOCK_W", "_BLOCK_OUT"):
             monkeypatch.setattr(reference, name, block)
