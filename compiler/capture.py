@@ -57,6 +57,11 @@ def export_transformer(
     p_t, p_h, p_w = config.patch_size
     if p_t != 1:
         raise Hif4Error(f"patch_size {list(config.patch_size)}: only a temporal patch of 1 is supported.")
+    if config.image_dim is not None or config.added_kv_proj_dim is not None:
+        raise Hif4Error(
+            "the transformer has an image encoder branch (image_dim or added_kv_proj_dim), as Wan2.1 I2V has; "
+            "only Wan2.2 models are compiled."
+        )
     b, f, text = Dim("b", min=1, max=MAX_BATCH), Dim("f", min=1, max=frames), Dim("text", min=1, max=MAX_TEXT)
     # Height and width are patch multiples; a plain Dim would leave guards that torch cannot prove for odd sizes.
     height: Any = p_h * Dim("h", min=1, max=rows)

@@ -28,6 +28,7 @@ from hif4c.compiler.pipeline import PassRecord, run_passes
 from hif4c.compiler.plan import ExpertPlan, make_plan
 from hif4c.compiler.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from hif4c.compiler.report import write_report
+from hif4c.compiler.sampling_defaults import sampling_defaults
 from hif4c.passes.program import Program
 from hif4c.runtime.artifact import (
     FORMAT,
@@ -243,6 +244,7 @@ def _write_manifest(staging: Path, location: ModelLocation, experts: dict[str, A
             "boundary_ratio": location.pipeline.boundary_ratio,
             "expand_timesteps": location.pipeline.expand_timesteps,
             "experts": list(location.configs),
+            "sampling": sampling_defaults(location.configs),
         },
         "experts": experts,
         "targets": ["portable"],

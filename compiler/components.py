@@ -44,7 +44,9 @@ def copy_components(root: Path, destination: Path, *, link: bool = False) -> Non
 
 def _copy_folder(source: Path, destination: Path, link: bool) -> None:
     if not source.is_dir():
-        raise Hif4Error(f"{source}: is missing, though model_index.json names it; complete the directory, or use --components none.")
+        raise Hif4Error(
+            f"{source}: is missing, though model_index.json names it; complete the directory, or use --components none."
+        )
     files = sorted(path for path in source.iterdir() if path.is_file())
     kept = [path for path in files if path.suffix in SUFFIXES]
     if any(path.suffix == ".bin" for path in files) and not any(path.suffix == ".safetensors" for path in kept):

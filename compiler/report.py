@@ -102,7 +102,9 @@ def render_report(artifact: Artifact) -> list[Table]:
     """The summary and the linears as tables for people."""
     overview = Table(title=f"{artifact.manifest['model']['source']}, compiled", box=box.SIMPLE_HEAD)
     for column in ("expert", "recipe", "4-bit", "high", "bits a weight", "file", "bf16", "ratio", "nodes"):
-        overview.add_column(column, justify="left" if column in ("expert", "recipe") else "right")
+        overview.add_column(
+            column, justify="left" if column in ("expert", "recipe") else "right", no_wrap=column == "expert"
+        )
     for item in summarize(artifact):
         quantized = sum(count for precision, count in item.precisions.items() if precision != "high")
         overview.add_row(

@@ -35,7 +35,7 @@ def functionalize_rotary(program: Program) -> PassResult:
             ]
             stacked = program.call(aten.stack.default, (parts, -1), like=buffer)
             result = program.call(aten.flatten.using_ints, (stacked, -2), like=buffer)
-        views = [write.args[0] for write in writes]
+        views = [view for write in writes for view in write.all_input_nodes[:1]]
         for write in writes:
             program.graph.erase_node(write)
         for view in views:
@@ -56,7 +56,14 @@ def _interleaved_writes(buffer: fx.Node) -> tuple[list[fx.Node], tuple[fx.Node, 
             continue
         _, dim, start, _, step = (*view.args, 1)[:5]
         copies = [user for user in view.users if user.target is aten.copy_.default and user.args[0] is view]
-        if dim != last or step != 2 or len(copies) != 1 or len(view.users) != 1 or copies[0].users:
+        if (
+            dim != last
+            or step != 2
+            or not isinstance(start, int)
+            or len(copies) != 1
+            or len(view.users) != 1
+            or copies[0].users
+        ):
             return None
         found[start] = copies[0]
     if set(found) != {0, 1}:

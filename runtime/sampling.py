@@ -1,0 +1,124 @@
+"""Sample from a pipeline: latents by prompt and seed, then frames; the same way for original and compiled experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hif4c.runtime.errors import Hif4Error
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["SamplingSettings", "decode_latents", "sample_latents"]
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How a clip is sampled.
+
+    Attributes:
+        height, width: pixels; multiples of the VAE's spatial factor times the patch size.
+        frames: a multiple of the VAE's temporal factor, plus one.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale; 1 turns guidance off.
+        fps: frames a second of the written video.
+        guidance_2: scale for the low-noise expert, None for the same.
+    """
+
+    height: int
+    width: int
+    frames: int
+    steps: int
+    guidance: float
+    fps: int
+    guidance_2: float | None = None
+
+    def check(self, pipeline: DiffusionPipeline) -> None:
+        """Raise Hif4Error when size or frames do not fit the pipeline's VAE and patches."""
+        expert = pipeline.transformer if pipeline.transformer is not None else pipeline.transformer_2
+        patch = expert.config.patch_size
+        for name, size, factor in (
+            ("height", self.height, pipeline.vae_scale_factor_spatial * patch[1]),
+            ("width", self.width, pipeline.vae_scale_factor_spatial * patch[2]),
+        ):
+            if size <= 0 or size % factor:
+                raise Hif4Error(f"{name} {size}: must be a positive multiple of {factor} for this model.")
+            if size // factor > expert.config.rope_max_seq_len:
+                raise Hif4Error(
+                    f"{name} {size}: the model has positions for {factor * expert.config.rope_max_seq_len}."
+                )
+        temporal = pipeline.vae_scale_factor_temporal
+        if self.frames <= 0 or (self.frames - 1) % temporal:
+            raise Hif4Error(f"frames {self.frames}: must be a multiple of {temporal}, plus one, for this model.")
+        if self.steps <= 0:
+            raise Hif4Error(f"steps {self.steps}: must be positive.")
+
+
+def sample_latents(
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    *,
+    negative_prompt: str = "",
+    image: Any = None,
+    on_step: Callable[[], None] | None = None,
+) -> torch.Tensor:
+    """Run the denoising loop.
+
+    Args:
+        pipeline: `WanPipeline` or `WanImageToVideoPipeline`.
+        prompts: one a clip; all clips of a call are one batch.
+        seeds: one a clip; the initial noise depends on nothing else, so equal seeds start from equal noise.
+        settings: size, frames, steps, guidance.
+        negative_prompt: for the unconditional pass.
+        image: first frame (PIL image) for an image-to-video pipeline, else None.
+        on_step: called after every denoising step.
+
+    Returns:
+        Latents [B, C, F, H, W] as the pipeline leaves them.
+    """
+    settings.check(pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    arguments: dict[str, Any] = {
+        "prompt": list(prompts),
+        "negative_prompt": [negative_prompt] * len(prompts),
+        "height": settings.height,
+        "width": settings.width,
+        "num_frames": settings.frames,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        "output_type": "latent",
+        "return_dict": False,
+    }
+    if settings.guidance_2 is not None and pipeline.config.boundary_ratio is not None:
+        arguments["guidance_scale_2"] = settings.guidance_2
+    if image is not None:
+        arguments["image"] = image
+    if on_step is not None:
+
+        def after_step(_: Any, __: int, ___: Any, values: dict[str, Any]) -> dict[str, Any]:
+            on_step()
+            return values
+
+        arguments["callback_on_step_end"] = after_step
+    return pipeline(**arguments)[0]
+
+
+@torch.no_grad()
+def decode_latents(pipeline: DiffusionPipeline, latents: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Decode latents to frames [B, F, H, W, 3] in 0..1, one clip at a time (as the pipeline does for a batch)."""
+    vae = pipeline.vae
+    shape = (1, vae.config.z_dim, 1, 1, 1)
+    latents = latents.to(vae.device, vae.dtype)
+    mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents)
+    std = torch.tensor(vae.config.latents_std).view(shape).to(latents)
+    clips = [vae.decode(clip[None] * std + mean, return_dict=False)[0] for clip in latents]
+    return pipeline.video_processor.postprocess_video(torch.cat(clips), output_type="np")

@@ -1,0 +1,54 @@
+"""hif4c compile MODEL -o OUT: make the artifact."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+    sys.path.pop(0)  # run as a script: this folder must not hide the standard library (inspect)
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hif4c.tools.console import Reporter, console, run_command
+
+__all__ = ["compile_command"]
+
+
+def compile_command(
+    model: Annotated[str, typer.Argument(help="Directory, built-in name (wan-tiny, ...) or hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the artifact; must not exist.")],
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="Recipe name or .toml file; EXPERT=RECIPE for one expert. Repeatable.")
+    ] = None,
+    expert: Annotated[list[str] | None, typer.Option(help="Only this expert. Repeatable.")] = None,
+    components: Annotated[
+        str, typer.Option(help="Text encoder, VAE and the rest: copy, link (hard links) or none.")
+    ] = "copy",
+    golden: Annotated[bool, typer.Option(help="Record golden outputs, replayed by `hif4c verify`.")] = True,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+) -> None:
+    """Compile a model once, ahead of time, into a 4-bit artifact.
+
+    The artifact appears under its name only when it is complete and a fresh process has loaded and verified it.
+    """
+    from hif4c.compiler.compile import CompileOptions, compile_model, resolve_recipes
+    from hif4c.compiler.locate import describe_model
+    from hif4c.compiler.report import render_report
+    from hif4c.runtime.artifact import open_artifact
+
+    started = time.perf_counter()
+    experts = list(describe_model(model, revision=revision).configs)
+    options = CompileOptions(resolve_recipes(experts, recipe or [], expert or []), components, golden, revision)
+    with Reporter.make_progress() as progress:
+        path = compile_model(model, output, options, Reporter(progress))
+    console.print(render_report(open_artifact(path))[0])
+    console.print(f"{path} compiled and verified in {time.perf_counter() - started:.1f} s", highlight=False)
+
+
+if __name__ == "__main__":
+    run_command(compile_command)

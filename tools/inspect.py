@@ -1,0 +1,69 @@
+"""hif4c inspect OUT: the transformed graph as text, and what is in the files."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+    sys.path.pop(0)  # run as a script: this folder must not hide the standard library (inspect)
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hif4c.tools.console import console, run_command
+
+if TYPE_CHECKING:
+    from hif4c.runtime.artifact import Artifact
+    from hif4c.runtime.graph import Graph
+
+__all__ = ["inspect"]
+
+
+def inspect(
+    artifact: Annotated[Path, typer.Argument(help="Directory of the artifact.")],
+    expert: Annotated[str, typer.Option(help="transformer or transformer_2.")] = "transformer",
+    block: Annotated[int | None, typer.Option(help="Only this transformer block.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="The graph after this pass (traced again from the config); `list` names them.")
+    ] = None,
+    graph: Annotated[bool, typer.Option("--graph", help="Print the whole graph.")] = False,
+) -> None:
+    """Summarize precisions and bytes; with --block, --stage or --graph, print the program a line a node."""
+    from hif4c.compiler.report import render_report
+    from hif4c.runtime.artifact import open_artifact
+    from hif4c.runtime.errors import Hif4Error
+    from hif4c.runtime.graph_text import count_targets, program_lines
+
+    opened = open_artifact(artifact)
+    opened.expert(expert)
+    if stage == "list":
+        from hif4c.compiler.pipeline import PASS_NAMES
+
+        console.print("\n".join(PASS_NAMES))
+        return
+    if block is None and stage is None and not graph:
+        for table in render_report(opened):
+            console.print(table)
+        counts = count_targets(opened.graph(expert))
+        lines = [f"{count:6d}  {target}" for target, count in counts.most_common()]
+        console.print(f"operators of {expert}:\n" + "\n".join(lines), highlight=False)
+        return
+    program = opened.graph(expert) if stage is None else _at_stage(opened, expert, stage)
+    lines = list(program_lines(program, None if block is None else f"blocks.{block}"))
+    if not lines:
+        raise Hif4Error(f"{expert} has no block {block}.")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _at_stage(artifact: Artifact, expert: str, stage: str) -> Graph:
+    """Trace the expert again and run the passes up to `stage`; needs no weights."""
+    from hif4c.compiler.inspection import graph_at_stage
+
+    return graph_at_stage(artifact, expert, stage)
+
+
+if __name__ == "__main__":
+    run_command(inspect)

@@ -1,0 +1,52 @@
+"""hif4c verify OUT: hashes, programs, golden outputs."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+    sys.path.pop(0)  # run as a script: this folder must not hide the standard library (inspect)
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hif4c.tools.console import console, make_table, progress_bar, run_command
+
+__all__ = ["verify"]
+
+
+def verify(artifact: Annotated[Path, typer.Argument(help="Directory of the artifact.")]) -> None:
+    """Check every hash, load every expert, and replay its golden outputs. Exit status 1 when anything is off."""
+    from hif4c.runtime.artifact import open_artifact
+    from hif4c.runtime.verify import verify_artifact
+
+    total = sum(size for size, _ in open_artifact(artifact).files.values())
+    with progress_bar("hashing", total) as advance:
+        checks = verify_artifact(artifact, progress=lambda _, size: advance(size))
+    table = make_table(str(artifact), ("expert", "nodes", "codes", "4-bit linear", "whole expert", "verdict"))
+    for check in checks:
+        codes = linear = whole = "not recorded"
+        if check.replay is not None:
+            found = check.replay
+            codes = "identical" if found.codes_differ == 0 else f"{found.codes_differ} differ"
+            linear = "none" if found.linear_error is None else _error(found.linear_error)
+            whole = _error(found.distance)
+            if found.distance:
+                whole += f" (last-bit changes: {found.flip_distance:.1e})"
+        verdict = "[green]ok[/]" if check.passed else "[red]differs[/]"
+        table.add_row(check.expert, str(check.nodes), codes, linear, whole, verdict)
+    console.print(table)
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)
+    console.print(f"{total / 1e6:,.2f} MB match the manifest", highlight=False)
+
+
+def _error(value: float) -> str:
+    return "identical" if value == 0 else f"differs by {value:.1e}"
+
+
+if __name__ == "__main__":
+    run_command(verify)
