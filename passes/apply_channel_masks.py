@@ -32,6 +32,8 @@ def apply_channel_masks(program: Program, assignment: dict[str, str] | None = No
         name = assignment.get(path)
         if name is None:
             continue
+        if name not in program.masks:
+            raise ValueError(f"{path}: no mask is called {name!r}")
         mask = program.masks[name]
         features = node.args[1].meta["val"].shape[1]  # type: ignore[union-attr]
         if mask.shape != (features,):

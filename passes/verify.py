@@ -9,8 +9,8 @@ from enum import IntEnum
 import torch
 from torch import fx
 
-from hif4c.passes.mark_boundaries import region
-from hif4c.passes.program import LINEAR, Precision, Program
+from hif4c.passes.mark_boundaries import BLOCK_PATTERN
+from hif4c.passes.program import LINEAR, Precision, Program, module_path
 from hif4c.runtime.format import packed_shapes
 
 __all__ = ["Stage", "verify"]
@@ -40,7 +40,7 @@ def verify(program: Program, stage: Stage) -> None:
     if stage >= Stage.FUNCTIONAL:
         _check_functional(program)
     if stage < Stage.QDQ:
-        _forbid(program, lambda node: node.target in vars(hif4).values(), "is a hif4 operator before Q/DQ insertion")
+        _forbid(program, lambda node: str(node.target).startswith("hif4."), "is a hif4 operator before Q/DQ insertion")
     if stage >= Stage.PLANNED:
         _check_planned(program)
     if stage == Stage.QDQ:
@@ -137,7 +137,11 @@ def _check_lowered(program: Program) -> None:
     }
     if counts != found:
         raise ValueError(f"the plan has {counts}, the graph {found}")
-    _forbid(program, lambda node: node.target in FUSED and region(node) == "boundary", "is 4-bit in a boundary region")
+    _forbid(
+        program,
+        lambda node: node.target in FUSED and not BLOCK_PATTERN.match(module_path(node)),
+        "is 4-bit in a boundary region",
+    )
 
 
 def _is_round_trip(node: object) -> bool:
