@@ -11,7 +11,9 @@ __all__ = ["sampling_defaults"]
 
 # By (in_channels, out_channels). Wan's own repository: shared_config and wan_*_A14B / wan_ti2v_5B configs.
 _DEFAULTS: dict[tuple[int, int], dict[str, Any]] = {
-    (8, 8): {"height": 32, "width": 32, "frames": 9, "steps": 20, "guidance": 5.0, "fps": 8},
+    (8, 8): {
+        "height": 32, "width": 32, "frames": 9, "steps": 20, "guidance": 5.0, "fps": 8, "text_tokens": 32,
+    },
     (16, 16): {
         "height": 480, "width": 832, "frames": 81, "steps": 40, "guidance": 4.0, "guidance_2": 3.0, "fps": 16,
     },

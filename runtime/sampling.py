@@ -29,6 +29,7 @@ class SamplingSettings:
         guidance: classifier-free guidance scale; 1 turns guidance off.
         fps: frames a second of the written video.
         guidance_2: scale for the low-noise expert, None for the same.
+        text_tokens: length that prompts are padded to.
     """
 
     height: int
@@ -38,6 +39,7 @@ class SamplingSettings:
     guidance: float
     fps: int
     guidance_2: float | None = None
+    text_tokens: int = 512
 
     def check(self, pipeline: DiffusionPipeline) -> None:
         """Raise Hif4Error when size or frames do not fit the pipeline's VAE and patches."""
@@ -94,6 +96,7 @@ def sample_latents(
         "num_frames": settings.frames,
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance,
+        "max_sequence_length": settings.text_tokens,
         "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         "output_type": "latent",
         "return_dict": False,

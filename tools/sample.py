@@ -81,7 +81,7 @@ def settings_from(
     if guidance is not None:
         values.pop("guidance_2", None)
     values.setdefault("fps", 16)
-    names = {field.name for field in dataclasses.fields(SamplingSettings)} - {"guidance_2"}
+    names = {field.name for field in dataclasses.fields(SamplingSettings)} - {"guidance_2", "text_tokens"}
     if missing := sorted(names - values.keys()):
         raise Hif4Error(f"this model has no usual settings; give --{', --'.join(missing)}.")
     return SamplingSettings(**values)
