@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +70,28 @@ def load_components(source: str, class_name: str, *, without_experts: bool = Fal
         raise Hif4Error(f"pipeline class {class_name!r} is not supported; supported: {', '.join(PIPELINE_CLASSES)}.")
     absent: dict[str, Any] = {"transformer": None, "transformer_2": None} if without_experts else {}
     dtypes = {"default": torch.bfloat16, "vae": torch.float32}
-    return getattr(diffusers, class_name).from_pretrained(source, torch_dtype=dtypes, use_safetensors=True, **absent)
+    with _without_progress_bars():
+        return getattr(diffusers, class_name).from_pretrained(
+            source, dtype=dtypes, use_safetensors=True, **absent
+        )
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Loading a pipeline draws a bar for each component; the settings of both libraries are put back afterwards."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    shown = [
+        module for module in (diffusers.utils.logging, transformers.utils.logging) if module.is_progress_bar_enabled()
+    ]
+    for module in shown:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module in shown:
+            module.enable_progress_bar()
 
 
 def _components(artifact: Artifact, base: str | None) -> str:

@@ -138,7 +138,7 @@ class CompiledTransformer(nn.Module):
             raise Hif4Error(f"encoder_hidden_states {list(text.shape)}: expected [{batch}, text, {config.text_dim}].")
 
     @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
+    def cache_context(self, name: str, **settings: Any) -> Iterator[None]:
         """Accepted because diffusers' pipelines enter it around every call; nothing is cached."""
         yield
 
