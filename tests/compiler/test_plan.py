@@ -1,0 +1,125 @@
+import pytest
+import torch
+from torch import nn
+
+from hif4c.compiler.locate import describe_model
+from hif4c.compiler.models import WanConfig
+from hif4c.compiler.plan import make_plan
+from hif4c.compiler.recipe import Recipe, load_recipe
+from hif4c.passes.program import Precision
+from hif4c.runtime.errors import Hif4Error
+from tests.support.checkpoints import build_transformer, small_config
+
+BLOCK_LINEARS = {
+    "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v",
+    "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2",
+}  # fmt: skip
+BOUNDARY = {
+    "condition_embedder.time_embedder.linear_1", "condition_embedder.time_embedder.linear_2",
+    "condition_embedder.time_proj", "condition_embedder.text_embedder.linear_1",
+    "condition_embedder.text_embedder.linear_2", "proj_out",
+}  # fmt: skip
+
+
+def small(**changes):
+    return WanConfig.from_dict(small_config("t2v", **changes), "config.json")
+
+
+def counts(plans):
+    decisions = [decision for plan in plans for decision in plan.decisions]
+    return (
+        sum(decision.quantized for decision in decisions),
+        sum(decision.precision == Precision.HIGH for decision in decisions),
+    )
+
+
+@pytest.mark.parametrize("name", ["Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B"])
+def test_a14b(name):
+    description = describe_model(name)
+    plans = [make_plan(config, load_recipe("rtn")) for config in description.configs.values()]
+    assert len(plans) == 2
+    assert counts(plans) == (800, 12)
+    before, after = sum(plan.bytes_before for plan in plans), sum(plan.bytes_after for plan in plans)
+    assert before == pytest.approx(2 * 28.6e9, rel=0.01)  # 14.3 billion parameters an expert, two bytes each
+    assert after < 0.3 * before
+    # 4.5 bits of 16 is the least that a quantized weight takes: nothing is counted as smaller than that.
+    assert after > 4.5 / 16 * before
+
+
+def test_ti2v_5b():
+    (config,) = describe_model("Wan2.2-TI2V-5B").configs.values()
+    plan = make_plan(config, load_recipe("rtn"))
+    assert counts([plan]) == (300, 6)
+    assert plan.bytes_before == pytest.approx(2 * 5.0e9, rel=0.02)
+    assert plan.bytes_after < 0.3 * plan.bytes_before
+
+
+def test_every_linear_has_one_decision_and_a_reason():
+    model = build_transformer("t2v")
+    plan = make_plan(small(), load_recipe("rtn"))
+    linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert [linear.decision.path for linear in plan.linears] == list(linears)
+    for linear in plan.linears:
+        module = linears[linear.decision.path]
+        assert (linear.in_features, linear.out_features) == (module.in_features, module.out_features)
+        assert linear.decision.reason
+    quantized = {decision.path for decision in plan.decisions if decision.quantized}
+    assert quantized == {f"blocks.{block}.{name}" for block in range(2) for name in BLOCK_LINEARS}
+    high = {decision.path: decision.reason for decision in plan.decisions if not decision.quantized}
+    assert high.keys() == BOUNDARY
+    assert all(reason.startswith("boundary: ") for reason in high.values())
+
+
+def test_bytes():
+    """Against the parameters themselves: 2 bytes each, but 4.5 bits for a quantized weight."""
+    model = build_transformer("t2v")
+    plan = make_plan(small(), load_recipe("rtn"))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    quantized = sum(linear.in_features * linear.out_features for linear in plan.linears if linear.decision.quantized)
+    assert quantized > parameters / 2
+    assert plan.bytes_before == 2 * parameters
+    assert plan.bytes_after == 2 * (parameters - quantized) + quantized * 9 // 16
+    assert make_plan(small(), load_recipe("rtn"), torch.float32).bytes_before == 4 * parameters
+
+
+def test_recipes_decide_the_precision():
+    for name, precision in (("rtn", "w4a4"), ("rotate", "w4a4"), ("weight-only", "w4a16")):
+        plan = make_plan(small(), load_recipe(name))
+        found = {decision.precision for decision in plan.decisions if decision.quantized}
+        assert found == {precision}
+        assert any(decision.reason == f"block linear, recipe {name}" for decision in plan.decisions)
+
+
+def test_a_recipe_keeps_linears():
+    plan = make_plan(small(), Recipe("mine", keep_high=("blocks.0.*", "*.ffn.net.2")))
+    kept = {decision.path: decision.reason for decision in plan.decisions if decision.reason.startswith("recipe")}
+    assert len(kept) == 11
+    assert kept["blocks.0.attn1.to_q"] == "recipe mine keeps blocks.0.*"
+    assert kept["blocks.1.ffn.net.2"] == "recipe mine keeps *.ffn.net.2"
+    assert counts([plan]) == (9, 17)
+
+
+@pytest.mark.parametrize("glob", ["blocks.9.*", "ffn", "proj_out", "condition_embedder.*"])
+def test_a_glob_that_matches_no_block_linear(glob):
+    """A boundary is high precision already: to name one is a mistake, too."""
+    with pytest.raises(Hif4Error, match="recipe mine: keep_high") as caught:
+        make_plan(small(), Recipe("mine", keep_high=("blocks.0.*", glob)))
+    assert repr(glob) in str(caught.value)
+    assert "blocks.0.attn1.to_q" in str(caught.value)  # what they are called like
+
+
+def test_input_channels_that_are_no_multiple_of_64():
+    """3 heads of 32: the stream has 96 channels; only ffn.net.2, with 256, can be packed."""
+    plan = make_plan(small(num_attention_heads=3), load_recipe("rtn"))
+    quantized = {decision.path for decision in plan.decisions if decision.quantized}
+    assert quantized == {"blocks.0.ffn.net.2", "blocks.1.ffn.net.2"}
+    reasons = {decision.reason for decision in plan.decisions if "blocks" in decision.path and not decision.quantized}
+    assert reasons == {"in_features 96 is not a multiple of 64"}
+    assert all(linear.bytes_after == linear.bytes_before for linear in plan.linears if not linear.decision.quantized)
+
+
+def test_image_projections_of_older_checkpoints_stay():
+    plan = make_plan(small(image_dim=64, added_kv_proj_dim=128), load_recipe("rtn"))
+    reasons = {decision.reason for decision in plan.decisions if decision.path.endswith(("add_k_proj", "add_v_proj"))}
+    assert reasons == {"image tokens: few, and not among the ten linears of a block"}
+    assert counts([plan])[0] == 20
