@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import logging
 import os
@@ -35,7 +36,7 @@ from hif4c.runtime.artifact import (
     FORMAT_VERSION,
     MANIFEST,
     canonical_json,
-    digest,
+    manifest_digest,
     open_artifact,
     sha256_file,
 )
@@ -118,7 +119,8 @@ def compile_model(model: str, output: str | os.PathLike[str], options: CompileOp
     plans = {name: make_plan(location.configs[name], recipe, DTYPE) for name, recipe in options.recipes.items()}
     with _opened(location, list(options.recipes)) as checkpoints, _staging(target) as staging:
         events("total", sum(checkpoint.total_bytes for checkpoint in checkpoints.values()))
-        experts = {}
+        experts: dict[str, Any] = {}
+        files: dict[str, tuple[int, str]] = {}
         programs: dict[tuple[WanConfig, Recipe], Program] = {}
         for name, recipe in options.recipes.items():
             config = location.configs[name]
@@ -127,18 +129,19 @@ def compile_model(model: str, output: str | os.PathLike[str], options: CompileOp
                 events("step", f"capturing {name}")
                 programs[config, recipe] = _transform(config, plans[name], recipe, location, events)
             events("step", f"packing {name}")
-            experts[name] = _write_expert(
-                name, programs[config, recipe], plans[name], checkpoints[name], location, recipe, staging, events
-            )
+            program = programs[config, recipe]
+            written, fingerprint = _write_expert(program, checkpoints[name], staging / name, events)
+            files |= {f"{name}/{file}": entry for file, entry in written.items()}
+            experts[name] = _expert_entry(config, recipe, plans[name], program, fingerprint)
         if options.components != "none" and location.layout == "diffusers":
             events("step", "copying the rest of the pipeline")
             copy_components(location.root, staging / "pipeline", link=options.components == "link")
-        _write_manifest(staging, location, experts)
+        _write_manifest(staging, location, experts, files)
         if options.golden:
             events("step", "recording golden outputs")
             _write_golden(staging)
         write_report(open_artifact(staging), staging)
-        _write_manifest(staging, location, experts)
+        _write_manifest(staging, location, experts, files)
         events("step", "verifying in a fresh process")
         _verify_in_fresh_process(staging)
         try:
@@ -175,7 +178,8 @@ def _opened(location: ModelLocation, names: list[str]) -> Iterator[dict[str, Che
 
 @contextlib.contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    """A directory beside the target, removed again unless it was renamed away."""
+    """A directory beside the target, removed again unless it was renamed away; so are parents that it had to make."""
+    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -188,39 +192,31 @@ def _staging(target: Path) -> Iterator[Path]:
         raise Hif4Error(f"{target}: cannot be written ({error.strerror}: {error.filename}).") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()  # only if nothing was put there
 
 
 def _write_expert(
-    name: str,
-    program: Program,
-    plan: ExpertPlan,
-    checkpoint: Checkpoint,
-    location: ModelLocation,
-    recipe: Recipe,
-    staging: Path,
-    events: Events,
-) -> dict[str, Any]:
-    """Write graph and weights of one expert; returns its manifest entry."""
-    folder = staging / name
+    program: Program, checkpoint: Checkpoint, folder: Path, events: Events
+) -> tuple[dict[str, tuple[int, str]], str]:
+    """Write graph and weights of one expert; returns weight file -> (bytes, sha256), and the weights' fingerprint."""
     folder.mkdir()
     (folder / "graph.json").write_bytes(encode(to_graph(program)))
-    _, fingerprint = write_weights(program, checkpoint, folder, lambda size: events("bytes", size))
+    return write_weights(program, checkpoint, folder, lambda size: events("bytes", size))
+
+
+def _expert_entry(
+    config: WanConfig, recipe: Recipe, plan: ExpertPlan, program: Program, fingerprint: str
+) -> dict[str, Any]:
+    """What the manifest says of one expert."""
     linears = []
     for linear in plan.linears:
         decision = program.decisions[linear.decision.path]
-        linears.append(
-            {
-                "path": decision.path,
-                "precision": decision.precision,
-                "reason": decision.reason,
-                "in_features": linear.in_features,
-                "out_features": linear.out_features,
-                "mask": decision.mask,
-                "hadamard": decision.hadamard,
-            }
-        )
+        sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
+        linears.append({**dataclasses.asdict(decision), **sizes})
     return {
-        "config": location.configs[name].to_dict(),
+        "config": config.to_dict(),
         "dtype": DTYPE_NAMES[DTYPE],
         "recipe": recipe.to_dict(),
         "fingerprint": fingerprint,
@@ -228,13 +224,17 @@ def _write_expert(
     }
 
 
-def _write_manifest(staging: Path, location: ModelLocation, experts: dict[str, Any]) -> None:
-    """List every file that is in the directory now. Written last, and again when files are added."""
-    files = {}
+def _write_manifest(
+    staging: Path, location: ModelLocation, experts: dict[str, Any], known: dict[str, tuple[int, str]]
+) -> None:
+    """List every file that is in the directory now. Written again when files are added.
+
+    `known` maps relative paths to (bytes, sha256): files in it are not read again, new ones are added to it.
+    """
     for path in sorted(staging.rglob("*")):
         relative = path.relative_to(staging).as_posix()
-        if path.is_file() and relative != MANIFEST:
-            files[relative] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        if path.is_file() and relative != MANIFEST and relative not in known:
+            known[relative] = (path.stat().st_size, sha256_file(path))
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -248,10 +248,10 @@ def _write_manifest(staging: Path, location: ModelLocation, experts: dict[str, A
         },
         "experts": experts,
         "targets": ["portable"],
-        "files": files,
+        "files": {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(known.items())},
         "versions": {name: importlib.metadata.version(name) for name in ("hif4c", "torch", "diffusers")},
     }
-    (staging / MANIFEST).write_bytes(canonical_json({**manifest, "digest": digest(manifest)}))
+    (staging / MANIFEST).write_bytes(canonical_json({**manifest, "digest": manifest_digest(manifest)}))
 
 
 def _write_golden(staging: Path) -> None:

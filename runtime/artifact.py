@@ -17,7 +17,15 @@ from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.graph import DTYPES, Graph, InputType, decode
 from hif4c.runtime.safetensors_stream import TensorFile
 
-__all__ = ["FORMAT_VERSION", "Artifact", "ExpertInfo", "canonical_json", "digest", "open_artifact", "sha256_file"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Artifact",
+    "ExpertInfo",
+    "canonical_json",
+    "manifest_digest",
+    "open_artifact",
+    "sha256_file",
+]
 
 FORMAT = "hif4c-artifact"
 FORMAT_VERSION = 1
@@ -93,7 +101,7 @@ class Artifact:
         for path in sorted(self.root.rglob("*")):
             relative = path.relative_to(self.root).as_posix()
             if (
-                not path.is_dir()
+                (path.is_symlink() or not path.is_dir())
                 and relative != MANIFEST
                 and relative.startswith(prefix)
                 and relative not in self.files
@@ -171,7 +179,7 @@ def canonical_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
-def digest(manifest: Mapping[str, Any]) -> str:
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """sha256 of a manifest without its own `digest`."""
     return hashlib.sha256(
         canonical_json({key: value for key, value in manifest.items() if key != "digest"})
@@ -193,9 +201,13 @@ def sha256_file(path: Path, progress: Progress | None = None) -> str:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         manifest = json.loads(data)
+        # Rewritten at once: NaN and nesting that is too deep to write again are refused here.
+        canonical = canonical_json(manifest)
+    except OSError as error:
+        raise Hif4Error(f"{path}: cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError):
         raise Hif4Error(f"{path}: is not valid JSON; the artifact is damaged, copy it again.") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -206,7 +218,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{path}: the artifact has format version {version!r} and this hif4c reads up to {FORMAT_VERSION}; "
             "upgrade hif4c on this machine."
         )
-    if manifest.get("digest") != digest(manifest) or canonical_json(manifest) != data:
+    if manifest.get("digest") != manifest_digest(manifest) or canonical != data:
         raise Hif4Error(f"{path}: does not match its own digest; it was damaged or changed, copy the artifact again.")
     return manifest
 
@@ -225,7 +237,9 @@ def _expert(name: str, entry: Mapping[str, Any]) -> ExpertInfo:
 def _confined(name: str) -> str:
     """A relative path that cannot leave the artifact."""
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or "\\" in name or "\0" in name or any(part in ("..", ".") for part in parts):
+    if not parts or name.startswith("/") or "\\" in name or any(part in ("..", ".") for part in parts):
+        raise ValueError(f"{name!r} is not a path inside the artifact")
+    if not name.isprintable():  # control characters, and what no file name can be encoded from
         raise ValueError(f"{name!r} is not a path inside the artifact")
     return name
 
