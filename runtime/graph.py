@@ -279,6 +279,9 @@ class _Decoder:
     def graph(self) -> Graph:
         inputs = [InputType(_text(name), self._type(row)) for name, row in self.raw["inputs"]]
         tensors = [InputType(_text(name), self._type(row)) for name, row in self.raw["tensors"]]
+        names = [item.name for item in (*inputs, *tensors)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two values are called {max(names, key=names.count)!r}")
         rows = self.raw["nodes"]
         if len(rows) > MAX_NODES:
             raise Hif4Error(f"the program has {len(rows)} nodes, more than the {MAX_NODES} that are read.")
@@ -294,7 +297,7 @@ class _Decoder:
         return Node(
             self.targets[_index(target, len(self.targets))],
             tuple(_decode_argument(item, number, 0) for item in args),
-            {_identifier(name): _decode_argument(item, number, 0) for name, item in kwargs.items()},
+            {_identifier(name): _decode_keyword(item) for name, item in kwargs.items()},
             self.modules[_index(module, len(self.modules))],
             self._node_type(kind),
         )
@@ -330,6 +333,11 @@ def _decode_argument(value: Any, number: int, depth: int) -> Any:
     if value is None or isinstance(value, (bool, int, float)):
         return value
     raise TypeError(f"an argument may not be a {type(value).__name__}")
+
+
+def _decode_keyword(value: Any) -> Any:
+    """Decode a keyword argument, which is a constant: values are passed by position."""
+    return _decode_argument(value, 0, 0)
 
 
 def _index(value: Any, end: int) -> int:
