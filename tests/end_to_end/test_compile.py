@@ -12,6 +12,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
+from hif4c.compiler import compile as compile_module
 from hif4c.compiler.compile import CompileOptions, compile_model
 from hif4c.compiler.recipe import load_recipe
 from hif4c.runtime.artifact import open_artifact
@@ -179,8 +180,9 @@ def test_the_rest_of_the_pipeline_is_copied_or_linked(models, quick_compile, tmp
         assert check.replay is None
 
 
-def test_events_tell_the_progress(models, tmp_path):
+def test_events_tell_the_progress(models, captures, monkeypatch, tmp_path):
     """Steps in order, every pass, and bytes that add up to the total announced before."""
+    monkeypatch.setattr(compile_module, "capture", captures)
     events = []
     options = CompileOptions({"transformer": load_recipe("rtn")}, components="none", golden=False)
     compile_model(str(models["ti2v"].directory), tmp_path / "out", options, lambda *event: events.append(event))
