@@ -147,6 +147,11 @@ def test_a_link_instead_of_a_file(artifact, tmp_path):
         assert f"{path}: is not a plain file inside the artifact" in refusal(artifact)
         path.unlink()
         shutil.move(moved, path)
+    path = artifact / "transformer/graph.json"
+    path.unlink()
+    path.symlink_to("../transformer_2/graph.json")  # inside, and of the same content: still no plain file
+    assert path.read_bytes() == (artifact / "transformer_2/graph.json").read_bytes()
+    assert f"{path}: is not a plain file inside the artifact" in refusal(artifact)
     folder, elsewhere = artifact / "transformer", tmp_path / "elsewhere"
     shutil.move(folder, elsewhere)
     folder.symlink_to(elsewhere, target_is_directory=True)
