@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from hif4c.runtime.artifact import Progress, open_artifact
@@ -29,27 +28,21 @@ class ExpertCheck:
         return self.replay is None or self.replay.passed
 
 
-def verify_artifact(
-    path: str | os.PathLike[str], *, progress: Progress | None = None, on_step: Callable[[str], None] | None = None
-) -> list[ExpertCheck]:
+def verify_artifact(path: str | os.PathLike[str], *, progress: Progress | None = None) -> list[ExpertCheck]:
     """Verify an artifact and replay its golden outputs.
 
     Args:
         path: the artifact's directory.
         progress: called with (file, bytes read) while files are hashed.
-        on_step: called with a sentence before each step.
 
     Raises:
         Hif4Error: the artifact is damaged or incomplete. A golden output that differs is not an error but a check
             that did not pass.
     """
-    step = on_step or (lambda text: None)
     artifact = open_artifact(path)
-    step(f"hashing {len(artifact.files)} files")
     artifact.verify(progress=progress)
     checks = []
     for name in artifact.experts:
-        step(f"replaying {name}")
         model = load_expert(artifact, name, verify=False)
         golden_name = f"golden/{name}.safetensors"
         outcome = None
