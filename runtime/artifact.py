@@ -244,8 +244,6 @@ def _confined(name: str) -> str:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or "\\" in name or any(part in ("..", ".") for part in parts):
         raise ValueError(f"{name!r} is not a path inside the artifact")
-    if not name.endswith(DATA_SUFFIXES):
-        raise ValueError(f"{name!r} is not a data file")
     if not name.isprintable():  # control characters, and what no file name can be encoded from
         raise ValueError(f"{name!r} is not a path inside the artifact")
     if not name.endswith(DATA_SUFFIXES):

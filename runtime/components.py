@@ -50,6 +50,7 @@ FORBIDDEN_KEYS = (
     "_experts_implementation",
     "attn_implementation",
     "auto_map",
+    "base_model_name_or_path",
     "custom_pipelines",
     "experts_implementation",
     "quantization_config",
@@ -83,7 +84,10 @@ def check_components(directory: Path) -> None:
         Hif4Error: something is missing, truncated, of an unknown class, or asks for code from elsewhere.
     """
     index_path = directory / "model_index.json"
-    for name in component_names(_read_object(index_path), index_path):
+    index = _read_object(index_path)
+    if index.get("_class_name") not in PIPELINE_CLASSES:  # a list would name a Python file to diffusers
+        raise Hif4Error(f"{index_path}: pipeline class {index.get('_class_name')!r} is not supported.")
+    for name in component_names(index, index_path):
         folder = directory / name
         if not folder.is_dir():
             raise Hif4Error(f"{folder}: is missing, though {index_path.name} names it; complete the directory.")
@@ -93,9 +97,11 @@ def check_components(directory: Path) -> None:
         for path in sorted(folder.glob("*.safetensors")):
             TensorFile(path).close()
         for path in sorted(folder.glob("*.safetensors.index.json")):
-            shards = set(_read_object(path).get("weight_map", {}).values())
-            if missing := sorted(shards - files):
-                raise Hif4Error(f"{folder / str(missing[0])}: is missing, though {path.name} lists it.")
+            shards = _read_object(path).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise Hif4Error(f"{path}: its weight_map does not say which file holds which tensor.")
+            if missing := sorted(set(shards.values()) - files):
+                raise Hif4Error(f"{folder / missing[0]}: is missing, though {path.name} lists it.")
         if name in WITH_WEIGHTS and not files:
             raise Hif4Error(f"{folder}: holds no .safetensors weights; complete the directory.")
 

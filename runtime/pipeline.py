@@ -19,7 +19,7 @@ from hif4c.runtime.transformer import load_expert
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["load_components", "load_pipeline"]
+__all__ = ["check_device", "load_components", "load_pipeline"]
 
 
 def load_pipeline(
@@ -45,7 +45,7 @@ def load_pipeline(
             f"{artifact.root}: was compiled without {', '.join(missing)}; a pipeline needs every expert, "
             "use hif4c.runtime.load for a single one."
         )
-    device = _checked_device(device)
+    device = check_device(device)
     if verify:
         artifact.verify()
     source = _components(artifact, base)
@@ -105,11 +105,11 @@ def _without_progress_bars() -> Iterator[None]:
             module.enable_progress_bar()
 
 
-def _checked_device(device: str | torch.device) -> torch.device:
-    """Fail before anything is loaded when there is no such device."""
+def check_device(device: str | torch.device) -> torch.device:
+    """Fail before anything is loaded (Hif4Error) when there is no such device."""
     try:
         found = torch.device(device)
-        torch.empty(1, device=found)
+        torch.ones(1, device=found).item()  # "meta" is a device as well, but computes nothing
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise Hif4Error(f"device {str(device)!r} cannot be used here ({reason}).") from None

@@ -42,9 +42,10 @@ def evaluate(
     from hif4c.compiler.evaluation import check_same_model, evaluate_pair, sample_clips
     from hif4c.compiler.locate import locate_model
     from hif4c.runtime.artifact import open_artifact
-    from hif4c.runtime.pipeline import load_components, load_pipeline
+    from hif4c.runtime.pipeline import check_device, load_components, load_pipeline
     from hif4c.runtime.sampling import SamplingSettings, open_image
 
+    check_device(device)
     opened = open_artifact(artifact)
     model = opened.manifest["model"]
     width, height = parse_size(size)

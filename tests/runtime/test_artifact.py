@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hif4c.runtime.artifact import canonical_json, manifest_digest, open_artifact, sha256_file
+from hif4c.runtime.artifact import manifest_digest, open_artifact, sha256_file
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.transformer import load
 from hif4c.runtime.verify import verify_artifact
+from tests.support.forging import forge
 
 FILES = [
     "golden/transformer.safetensors", "golden/transformer_2.safetensors", "manifest.json", "report.html", "report.json",
@@ -37,18 +38,6 @@ def refusal(path, expert="transformer"):
     with pytest.raises(Hif4Error) as caught:
         load(path, expert)
     return str(caught.value)
-
-
-def forge(path, change_manifest=None, **files):
-    """Write files, by relative name, and change the manifest; then make sizes, hashes and digest right again."""
-    manifest = json.loads((path / "manifest.json").read_text())
-    for relative, data in files.items():
-        (path / relative).write_bytes(data)
-        manifest["files"][relative] = {"bytes": len(data), "sha256": sha256_file(path / relative)}
-    if change_manifest is not None:
-        change_manifest(manifest)
-    manifest["digest"] = manifest_digest(manifest)
-    (path / "manifest.json").write_bytes(canonical_json(manifest))
 
 
 def test_an_artifact_holds_these_files_and_no_others(artifact):
@@ -169,7 +158,20 @@ def test_a_directory_or_a_pipe_instead_of_a_file(artifact):
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "/etc/passwd", "transformer/../../x", "a\\..\\x", "a/./../x", "", "x\0y", "x\ud800", "a\nb"]
+    "name",
+    [
+        "../x",
+        "/etc/passwd",
+        "../x.json",
+        "transformer/../../x.json",
+        "a\\..\\x",
+        "a/./../x",
+        "",
+        "x\0y",
+        "x\ud800",
+        "a\nb",
+        "a\n.json",
+    ],
 )
 def test_paths_that_leave_the_artifact(artifact, name):
     (artifact.parent / "x").write_bytes(b"")
@@ -180,12 +182,23 @@ def test_paths_that_leave_the_artifact(artifact, name):
     assert "is not a path inside the artifact" in message
 
 
+@pytest.mark.parametrize(
+    "name", ["run.py", "pipeline/vae/model.bin", "model.pkl", "model.pt", "x.so", "json", "a.json.py", "x.JSON", "x "]
+)
+def test_files_that_are_no_data(artifact, name):
+    """Pickles and code are refused by name, whatever they hold and though they are listed."""
+    forge(artifact, **{name: b""})
+    message = refusal(artifact)
+    assert "manifest.json" in message
+    assert f"{name!r} is not a data file" in message
+
+
 def test_a_newer_format(artifact):
     forge(artifact, lambda manifest: manifest.update(format_version=2))
     assert "format version 2 and this hif4c reads up to 1; upgrade hif4c" in refusal(artifact)
 
 
-@pytest.mark.parametrize("version", ["1", 1.5, True, None])
+@pytest.mark.parametrize("version", ["1", 1.5, True, None, 0, -1])
 def test_a_format_version_that_is_no_number(artifact, version):
     forge(artifact, lambda manifest: manifest.update(format_version=version))
     assert f"format version {version!r}" in refusal(artifact)
@@ -208,6 +221,12 @@ def test_a_format_version_that_is_no_number(artifact, version):
         lambda manifest: manifest["experts"]["transformer"].update(config=3),
         lambda manifest: manifest["experts"]["transformer"]["config"].pop("in_channels"),
         lambda manifest: manifest.update(format="another"),
+        lambda manifest: manifest["model"].pop("pipeline_class"),
+        lambda manifest: manifest["model"].update(pipeline_class="DiffusionPipeline"),
+        lambda manifest: manifest["model"].update(pipeline_class=["WanPipeline"]),
+        lambda manifest: manifest["model"].update(expand_timesteps=0),
+        lambda manifest: manifest["model"].update(experts=["transformer"]),
+        lambda manifest: manifest["model"].pop("sampling"),
     ],
 )
 def test_manifests_of_another_structure(artifact, change):
