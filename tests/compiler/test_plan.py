@@ -117,10 +117,3 @@ def test_input_channels_that_are_no_multiple_of_64():
     reasons = {decision.reason for decision in plan.decisions if "blocks" in decision.path and not decision.quantized}
     assert reasons == {"in_features 96 is not a multiple of 64"}
     assert all(linear.bytes_after == linear.bytes_before for linear in plan.linears if not linear.decision.quantized)
-
-
-def test_image_projections_of_older_checkpoints_stay():
-    plan = make_plan(small(image_dim=64, added_kv_proj_dim=128), load_recipe("rtn"))
-    reasons = {decision.reason for decision in plan.decisions if decision.path.endswith(("add_k_proj", "add_v_proj"))}
-    assert reasons == {"image tokens: few, and not among the ten linears of a block"}
-    assert counts([plan])[0] == 20

@@ -183,6 +183,40 @@ def test_a_component_with_pickled_weights_only(model, refusal):
     assert f"{model / 'vae'}: has only pickled weights" in message
 
 
+def with_vae(model, weights):
+    (model / "vae").mkdir()
+    (model / "vae" / "config.json").write_text("{}")
+    (model / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(weights)
+
+
+@pytest.mark.parametrize("mode", ["copy", "link"])
+def test_a_component_that_is_truncated(model, refusal, mode):
+    weights = (model / SINGLE).read_bytes()
+    with_vae(model, weights[:-1])
+    message = refusal(model, components=mode, golden=False)
+    assert "vae/diffusion_pytorch_model.safetensors" in message
+    assert "truncated" in message
+
+
+def test_a_component_outside_of_the_model(model, refusal):
+    """Named by model_index.json: nothing is read from there or written beside the artifact."""
+    with_vae(model, (model / SINGLE).read_bytes())
+    (model.parent / "outside").mkdir()
+    (model.parent / "outside" / "config.json").write_text("{}")
+    for name in ("../outside", str(model.parent / "outside")):
+        edit_json(model / "model_index.json", lambda values, name=name: values.update({name: ["diffusers", "Any"]}))
+        message = refusal(model, components="copy", golden=False)
+        assert f"{model / 'model_index.json'}: a Wan pipeline has no component '../outside'" in message
+
+
+def test_a_component_of_another_class_or_with_code(model, refusal):
+    with_vae(model, (model / SINGLE).read_bytes())
+    (model / "vae" / "config.json").write_text('{"auto_map": {"AutoModel": "evil.Model"}}')
+    assert "vae/config.json: has auto_map" in refusal(model, components="copy", golden=False)
+    edit_json(model / "model_index.json", lambda values: values.update(vae=["diffusers", "AutoencoderKL"]))
+    assert "only diffusers.AutoencoderKLWan can be used" in refusal(model, components="copy", golden=False)
+
+
 def test_an_unknown_way_with_components(model, refusal):
     assert "components 'move': choose one of copy, link, none" in refusal(model, components="move")
 
@@ -234,13 +268,14 @@ def test_a_full_disk(model, refusal, monkeypatch):
     assert "bytes are needed and 1000 are free" in message
 
 
-def test_an_artifact_that_does_not_verify_is_a_bug_and_leaves_nothing(models, captures, tmp_path, monkeypatch):
-    """Not bad input, so not a Hif4Error; but the directory must not appear either."""
+def test_an_artifact_that_does_not_verify_leaves_nothing(models, captures, tmp_path, monkeypatch):
+    """Memory or disk may be at fault as well as hif4c: one sentence with the reason, and no directory."""
     monkeypatch.setattr(compile_module, "capture", captures)
     failed = subprocess.CompletedProcess([], 3, stdout="", stderr="Hif4Error: something\n")
     monkeypatch.setattr(compile_module.subprocess, "run", lambda *arguments, **options: failed)
     options = CompileOptions({"transformer": Recipe("rtn")}, components="none", golden=False)
-    with pytest.raises(RuntimeError, match="does not verify in a fresh process: Hif4Error: something"):
+    sentence = "the written artifact does not verify in a fresh process, so it was not kept: Hif4Error: something"
+    with pytest.raises(Hif4Error, match=sentence):
         compile_model(str(models["t2v"].directory), tmp_path / "out", options, lambda event, value: None)
     assert list(tmp_path.iterdir()) == []
 

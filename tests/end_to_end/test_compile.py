@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from hif4c.compiler import compile as compile_module
 from hif4c.compiler.compile import CompileOptions, compile_model
 from hif4c.compiler.recipe import load_recipe
+from hif4c.compiler.report import write_report
 from hif4c.runtime.artifact import open_artifact
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.format import quantize
@@ -29,6 +30,8 @@ from hif4c.compiler.recipe import load_recipe
 recipes = {name: load_recipe("rtn") for name in sys.argv[3:]}
 compile_model(sys.argv[1], sys.argv[2], CompileOptions(recipes, components="none"), lambda event, value: None)
 """
+
+DUMB = {"TERM": "dumb", "COLUMNS": "40", "LINES": "7", "NO_COLOR": "1"}
 
 
 def files_of(root):
@@ -46,17 +49,37 @@ def relative(found, expected):
 
 
 def test_two_compiles_give_the_same_bytes(artifacts, models, tmp_path):
-    """The second one in a process of its own, with another hash seed, directory and number of threads, nothing shared
-    or left out; it also shows that what the other tests leave out (see quick_compile) changes no byte."""
-    environment = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1"}
+    """The second one in a process of its own, with another hash seed, directory, terminal and number of threads,
+    nothing shared or left out; it also shows that what the other tests leave out (see quick_compile) changes no byte.
+    The directory holds an inspect.py, as tools/ does, which the process that verifies must not take for Python's."""
+    environment = {**os.environ, "PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "1", **DUMB}
     output = tmp_path / "deep" / "er" / "again"
+    (tmp_path / "inspect.py").write_text("raise SystemExit('the wrong inspect was imported')\n")
     result = subprocess.run(
-        [sys.executable, "-c", COMPILE, models["t2v"].directory, output, "transformer", "transformer_2"],
-        capture_output=True, text=True, check=False, env=environment,
+        [sys.executable, "-P", "-c", COMPILE, models["t2v"].directory, output, "transformer", "transformer_2"],
+        capture_output=True, text=True, check=False, env=environment, cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert_equal_trees(artifacts("t2v", "rtn"), output)
     assert os.listdir(output.parent) == ["again"]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        DUMB,
+        {"TERM": "xterm-256color", "COLUMNS": "300", "FORCE_COLOR": "1"},
+        {"TERM": "unknown", "TTY_COMPATIBLE": "0"},
+    ],
+)
+def test_the_terminal_does_not_change_the_report(environment, artifacts, monkeypatch, tmp_path):
+    """With the test above, of the one compiled in a dumb terminal: not a byte of the artifact depends on it."""
+    path = artifacts("t2v", "rtn")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    write_report(open_artifact(path), tmp_path)
+    for name in ("report.html", "report.json"):
+        assert (tmp_path / name).read_bytes() == (path / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("variant", ["t2v", "ti2v"])

@@ -80,6 +80,29 @@ def test_the_allow_list_has_nothing_that_reaches_out():
             assert not target._schema.is_mutable, name
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aten._to_copy.default", "aten.clone.default", "aten.select.int", "aten.type_as.default", "size.add",
+        "size.sub", "operator.mul", "aten.copy_.default", "hif4", "",
+    ],
+)  # fmt: skip
+def test_operators_that_no_program_needs_are_refused(name):
+    assert name not in TARGETS
+    with pytest.raises(Hif4Error, match=f"calls {name!r}, which is not an operator"):
+        decode(change(["targets", 0], name), "graph.json")
+
+
+@pytest.mark.parametrize("name", ["size.mul", "size.floordiv"])
+def test_sizes_are_whole_numbers(name):
+    """Python's own operators would make a list of a billion items of `[0] * 10**9`."""
+    expected = {"size.mul": 21, "size.floordiv": 2}
+    assert TARGETS[name](7, 3) == expected[name]
+    for a, b in (([0], 10**9), ("x", 10**9), (10**9, "x"), (2.5, 2), (True, 2), (2, None), (torch.ones(2), 2)):
+        with pytest.raises(TypeError, match="sizes are whole numbers"):
+            TARGETS[name](a, b)
+
+
 def raw():
     return json.loads(encode(small_graph()))
 
