@@ -145,7 +145,7 @@ def write_report(artifact: Artifact, directory: Path) -> None:
     (directory / "report.json").write_bytes(canonical_json(report))
     console = Console(
         record=True, width=140, height=100, file=io.StringIO(), force_terminal=True, color_system="truecolor",
-        _environ={},  # TERM and the like must not change the bytes
+        emoji=False, _environ={},  # TERM and the like must not change the bytes
     )  # fmt: skip
     for table in render_report(artifact):
         console.print(table)

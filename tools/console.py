@@ -34,8 +34,9 @@ __all__ = [
 OPTIONAL_PACKAGES = ("PIL", "accelerate", "diffusers", "ftfy", "huggingface_hub", "imageio", "scipy", "transformers")
 MAX_SEED = 2**63 - 2**32  # torch's generators take 64-bit seeds; this leaves room for one seed a clip
 # Into a pipe or file, tables take the width they need instead of 80 columns.
-console = Console(width=None if sys.stdout.isatty() else 140)
-errors = Console(stderr=True)
+# A path may hold ":smile:"; what was typed is what is printed.
+console = Console(width=None if sys.stdout.isatty() else 140, emoji=False)
+errors = Console(stderr=True, emoji=False)
 
 
 def run(app: Callable[[], Any]) -> None:
@@ -80,7 +81,7 @@ def parse_size(text: str | None) -> tuple[int, int] | tuple[None, None]:
     if text is None:
         return None, None
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
         raise typer.BadParameter(f"{text!r} is not WIDTHxHEIGHT, for example 832x480")
     return int(parts[0]), int(parts[1])
 

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from hif4c.tools.compile import compile_command
-from hif4c.tools.console import console, make_table, progress_bar, run_command
+from hif4c.tools.console import MAX_SEED, console, make_table, progress_bar, run_command
 from hif4c.tools.verify import verify
 
 __all__ = ["demo"]
@@ -28,8 +28,8 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo makes.")] = Path(
         "demo"
     ),
-    prompts: Annotated[int, typer.Option(help="How many prompts to sample.")] = 2,
-    seed: Annotated[int, typer.Option(help="Seed of the first clip.")] = 0,
+    prompts: Annotated[int, typer.Option(min=1, max=135, help="How many prompts to sample.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first clip.")] = 0,
 ) -> None:
     """Compile wan-tiny, verify the artifact, sample prompts it never saw from both, and write clips and a picture."""
     from hif4c.compiler.evaluation import evaluate_pair, sample_clips

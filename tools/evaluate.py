@@ -99,9 +99,10 @@ def _prompts(count: int, file: Path | None, experts: dict[str, Any]) -> tuple[li
         return texts, None
     if any(entry["config"]["in_channels"] != 8 for entry in experts.values()):
         raise Hif4Error("the built-in prompts and their scorer are for wan-tiny; give --prompt-file for this model.")
-    from hif4c.compiler.tiny.world import held_out_attributes, held_out_prompts
+    from hif4c.compiler.tiny.world import NUM_TEMPLATES, held_out_attributes, held_out_prompts
 
-    if not 1 <= count <= (most := len(held_out_attributes())):
+    most = NUM_TEMPLATES * len(held_out_attributes())
+    if not 1 <= count <= most:
         raise Hif4Error(f"--prompts {count}: the synthetic world has 1 to {most} prompts that were not trained on.")
     pairs = held_out_prompts(count)
     return [text for text, _ in pairs], [attributes for _, attributes in pairs]
