@@ -66,7 +66,7 @@ def test_both_experts_are_called_at_their_noise_levels(wan_tiny_artifact: Path) 
             lambda module, args, kwargs, steps=steps: steps.append(float(kwargs["timestep"][0])), with_kwargs=True
         )
     settings = settings_of(wan_tiny_artifact, steps=8)
-    sample_clips(pipeline, ["a red square"], settings)
+    sample_clips(pipeline, ["a red ring"], settings)
     boundary = 0.875 * pipeline.scheduler.config.num_train_timesteps
     assert min(seen["transformer"]) >= boundary > max(seen["transformer_2"])
 
@@ -75,7 +75,7 @@ def test_one_artifact_serves_other_sizes_and_batches(wan_tiny_artifact: Path) ->
     pipeline = load_pipeline(wan_tiny_artifact)
     for width, height, frames, batch in ((32, 48, 5, 1), (64, 32, 13, 3)):
         settings = settings_of(wan_tiny_artifact, steps=2, width=width, height=height, frames=frames)
-        clips = sample_clips(pipeline, ["a red square moving left on a blue background"] * batch, settings)
+        clips = sample_clips(pipeline, ["a red triangle moving left on a black background"] * batch, settings)
         assert len(clips) == batch
         assert clips[0].frames.shape == (frames, height, width, 3)
         assert all(torch.isfinite(clip.latents).all() for clip in clips)
@@ -87,7 +87,7 @@ def test_runtime_never_sees_the_compiler(wan_tiny_artifact: Path) -> None:
 import sys
 from hif4c.runtime import load_pipeline
 pipeline = load_pipeline(sys.argv[1])
-frames = pipeline(prompt="a red square", height=32, width=32, num_frames=5, num_inference_steps=2).frames
+frames = pipeline(prompt="a red ring", height=32, width=32, num_frames=5, num_inference_steps=2).frames
 assert frames.shape == (1, 5, 32, 32, 3), frames.shape
 bad = [name for name in sys.modules if name.startswith(("hif4c.compiler", "hif4c.passes"))]
 assert not bad, bad
