@@ -194,48 +194,57 @@ HIF4_TARGET void expand_row(const uint8_t* codes, const uint8_t* scales, int64_t
   }
 }
 
-// All 8 rows of a group by 48 columns: 24 int32 accumulators in registers, the fp32 ones in memory (cache).
+// All 8 rows of a group by 48 columns: 24 int32 accumulators in registers, the fp32 ones in memory (cache). Named
+// variables, not arrays: compilers keep an array that a loop goes through in memory, at half the speed.
+#define HIF4_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
+#define HIF4_START(i)                                            \
+  __m512i dot##i##a = _mm512_set1_epi32(group.offsets[at + i]);  \
+  __m512i dot##i##b = dot##i##a, dot##i##c = dot##i##a;
+#define HIF4_STEP(i)                                   \
+  memcpy(&quad, a + (q * kRows + i) * 4, 4);           \
+  x = _mm512_set1_epi32(quad);                         \
+  dot##i##a = _mm512_dpbusd_epi32(dot##i##a, w0, x);   \
+  dot##i##b = _mm512_dpbusd_epi32(dot##i##b, w1, x);   \
+  dot##i##c = _mm512_dpbusd_epi32(dot##i##c, w2, x);
+#define HIF4_FINISH(i)                                             \
+  scale = _mm512_set1_ps(group.scales[at + i]);                    \
+  add_scaled(acc + i * kCols, dot##i##a, scale, w_scale);          \
+  add_scaled(acc + i * kCols + 16, dot##i##b, scale, w_scale + 16); \
+  add_scaled(acc + i * kCols + 32, dot##i##c, scale, w_scale + 32);
+
+// Both products are exact (6 and 22 bits), so the fused addition rounds as a separate one.
+HIF4_TARGET HIF4_INLINE void add_scaled(float* acc, __m512i dot, __m512 scale, const float* w_scale) {
+  const __m512 term = _mm512_mul_ps(scale, _mm512_loadu_ps(w_scale));
+  _mm512_storeu_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), term, _mm512_loadu_ps(acc)));
+}
+
 HIF4_TARGET void multiply(const Group& group, int, int64_t first, int64_t count, const uint8_t* values,
                           const float* scales, float* acc) {
-  constexpr int kTiles = kCols / kTile;
+  static_assert(kRows == 8 && kCols == 48, "the macros are written for these");
   for (int64_t u = 0; u < count; u++) {
     const int64_t at = (first + u) * kRows;
     const int8_t* a = group.values + at * kUnit;
     const uint8_t* w = values + u * kCols * kUnit;
-    __m512i dot[kRows][kTiles];
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; i++)
-#pragma GCC unroll 3
-      for (int c = 0; c < kTiles; c++) dot[i][c] = _mm512_set1_epi32(group.offsets[at + i]);
-#pragma GCC unroll 2
+    const float* w_scale = scales + u * kCols;
+    int32_t quad;
+    __m512i x;
+    __m512 scale;
+    HIF4_EACH_ROW(HIF4_START)
+#pragma GCC unroll 16  // in a loop left rolled, GCC keeps copies of the sums in memory
     for (int q = 0; q < kQuads; q++) {
       const __m512i w0 = _mm512_loadu_si512(w + q * 64);
       const __m512i w1 = _mm512_loadu_si512(w + q * 64 + 1024);
       const __m512i w2 = _mm512_loadu_si512(w + q * 64 + 2048);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; i++) {
-        int32_t quad;
-        memcpy(&quad, a + q * kRows * 4 + i * 4, 4);
-        const __m512i x = _mm512_set1_epi32(quad);
-        dot[i][0] = _mm512_dpbusd_epi32(dot[i][0], w0, x);
-        dot[i][1] = _mm512_dpbusd_epi32(dot[i][1], w1, x);
-        dot[i][2] = _mm512_dpbusd_epi32(dot[i][2], w2, x);
-      }
+      HIF4_EACH_ROW(HIF4_STEP)
     }
-    const float* w_scale = scales + u * kCols;
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; i++) {
-      const __m512 scale = _mm512_set1_ps(group.scales[at + i]);
-#pragma GCC unroll 3
-      for (int c = 0; c < kTiles; c++) {
-        float* out = acc + i * kCols + c * kTile;
-        // Both products are exact (6 and 22 bits), so the fused addition rounds as a separate one.
-        const __m512 term = _mm512_mul_ps(scale, _mm512_loadu_ps(w_scale + c * kTile));
-        _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[i][c]), term, _mm512_loadu_ps(out)));
-      }
-    }
+    HIF4_EACH_ROW(HIF4_FINISH)
   }
 }
+
+#undef HIF4_EACH_ROW
+#undef HIF4_START
+#undef HIF4_STEP
+#undef HIF4_FINISH
 
 // Few rows read each weight once, so it is decoded into registers and multiplied there.
 template <int ROWS>
@@ -285,57 +294,81 @@ HIF4_TARGET HIF4_INLINE uint64_t join_masks(const __mmask16 (&masks)[4]) {
          static_cast<uint64_t>(masks[3]) << 48;
 }
 
+HIF4_TARGET HIF4_INLINE __m512i bf16_rne16(__m512 x) {  // as bf16_rne
+  const __m512i bits = _mm512_castps_si512(x), one = _mm512_set1_epi32(1);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  return _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF)), 16);
+}
+
+// One unit, given bf16_rne(1 / E6M2): its codes, and its E1_8 and E1_16 as the three bytes after E6M2.
+HIF4_TARGET HIF4_INLINE uint32_t quantize_unit(const float* x, __m512 inverse, uint8_t* codes) {
+  __mmask16 e8[4], e16[4];
+#pragma GCC unroll 4
+  for (int v = 0; v < 4; v++) {
+    const __m512 z = _mm512_loadu_ps(x + 16 * v);
+    // Multiplying by a positive number keeps the order, so the maxima may be taken after it. Each stands in all lanes
+    // of its run.
+    const __m512 w = _mm512_mul_ps(_mm512_abs_ps(z), inverse);
+    const __m512 pair = _mm512_max_ps(w, _mm512_permute_ps(w, 0xB1));
+    const __m512 w16 = _mm512_max_ps(pair, _mm512_permute_ps(pair, 0x4E));
+    const __m512 w8 = _mm512_max_ps(w16, _mm512_shuffle_f32x4(w16, w16, 0xB1));
+    e8[v] = _mm512_cmp_ps_mask(w8, _mm512_set1_ps(4), _CMP_GE_OQ);
+    const __m512 limit = _mm512_mask_blend_ps(e8[v], _mm512_set1_ps(2), _mm512_set1_ps(4));
+    e16[v] = _mm512_cmp_ps_mask(w16, limit, _CMP_GE_OQ);
+    __m512 factor = _mm512_mask_blend_ps(e8[v], _mm512_set1_ps(4), _mm512_set1_ps(2));
+    factor = _mm512_mask_mul_ps(factor, e16[v], factor, _mm512_set1_ps(0.5f));
+    const __m512 t = _mm512_add_ps(_mm512_mul_ps(w, factor), _mm512_set1_ps(0.5f));
+    __m512i nibble = _mm512_cvttps_epi32(_mm512_min_ps(t, _mm512_set1_ps(7)));
+    const __mmask16 below = _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_LT_OQ);
+    nibble = _mm512_mask_or_epi32(nibble, below, nibble, _mm512_set1_epi32(8));
+    // Two lanes are a code byte: the second nibble comes down beside the first.
+    nibble = _mm512_or_si512(nibble, _mm512_srli_epi64(nibble, 28));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + 8 * v), _mm512_cvtepi64_epi8(nibble));
+  }
+  // One bit of each run, then each byte turned round: the first run belongs in the most significant bit.
+  uint32_t meta = static_cast<uint32_t>(_pext_u64(join_masks(e8), 0x0101010101010101) |
+                                        _pext_u64(join_masks(e16), 0x1111111111111111) << 8);
+  meta = (meta >> 4 & 0x0F0F0F0F) | (meta & 0x0F0F0F0F) << 4;
+  meta = (meta >> 2 & 0x33333333) | (meta & 0x33333333) << 2;
+  meta = (meta >> 1 & 0x55555555) | (meta & 0x55555555) << 1;
+  return meta;
+}
+
+// Sixteen units at a time: their level-1 scales depend on a long chain of operations, which one vector goes through once.
 HIF4_TARGET void quantize(const float* x, int64_t units, uint8_t* codes, uint8_t* scales) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
-  for (int64_t u = 0; u < units; u++, x += kUnit, codes += kUnitBytes, scales += kScaleBytes) {
-    // Magnitudes are compared as integers: the same order, and NaN and Inf are above everything finite. Each maximum
-    // stands in all lanes of its run.
-    __m512i a[4], v16[4], v8[4];
-    __m512i all = _mm512_setzero_si512();
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) {
-      a[v] = _mm512_and_si512(_mm512_loadu_si512(x + 16 * v), magnitude);
-      const __m512i pair = _mm512_max_epi32(a[v], _mm512_shuffle_epi32(a[v], _MM_PERM_CDAB));
-      v16[v] = _mm512_max_epi32(pair, _mm512_shuffle_epi32(pair, _MM_PERM_BADC));
-      v8[v] = _mm512_max_epi32(v16[v], _mm512_shuffle_i64x2(v16[v], v16[v], _MM_PERM_CDAB));
-      all = _mm512_max_epi32(all, v8[v]);
+  for (int64_t start = 0; start < units; start += 16) {
+    const int count = static_cast<int>(units - start < 16 ? units - start : 16);
+    int32_t largest[16] = {};
+    for (int u = 0; u < count; u++) {
+      const float* z = x + (start + u) * kUnit;
+      // Compared as integers magnitudes have the same order, and NaN and Inf are above everything finite.
+      const __m512i a = _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(z)));
+      const __m512i b = _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(z + 16)));
+      const __m512i c = _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(z + 32)));
+      const __m512i d = _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(z + 48)));
+      largest[u] = _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_max_epi32(a, b), _mm512_max_epi32(c, d)));
     }
-    all = _mm512_max_epi32(all, _mm512_shuffle_i64x2(all, all, _MM_PERM_BADC));
-    const uint32_t vmax = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm512_castsi512_si128(all)));
-    if (vmax >= 0x7F800000) {
-      memset(codes, 0, kUnitBytes);
-      memset(scales, 0, kScaleBytes);
-      scales[0] = 0xFF;
-      continue;
+    const __m512i vmax = _mm512_loadu_si512(largest);
+    const __mmask16 invalid = _mm512_cmpge_epi32_mask(vmax, _mm512_set1_epi32(0x7F800000));
+    // As level1.
+    __m512i sf = bf16_rne16(_mm512_mul_ps(_mm512_castsi512_ps(vmax), _mm512_set1_ps(0.142578125f)));
+    sf = _mm512_min_epi32(_mm512_max_epi32(sf, _mm512_set1_epi32(0x2780)), _mm512_set1_epi32(0x4740));
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(sf, 5), _mm512_set1_epi32(1));
+    const __m512i bits = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(sf, odd), _mm512_set1_epi32(15)), 5);
+    const __m512 e6m2 = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 21));
+    float inverse[16];
+    uint32_t stored[16];
+    _mm512_storeu_si512(inverse, _mm512_slli_epi32(bf16_rne16(_mm512_div_ps(_mm512_set1_ps(1), e6m2)), 16));
+    _mm512_storeu_si512(stored, _mm512_sub_epi32(bits, _mm512_set1_epi32((127 - 48) << 2)));
+    for (int u = 0; u < count; u++) {
+      const int64_t at = start + u;
+      uint32_t packed = 0xFF;
+      if (invalid >> u & 1)
+        memset(codes + at * kUnitBytes, 0, kUnitBytes);
+      else
+        packed = stored[u] | quantize_unit(x + at * kUnit, _mm512_set1_ps(inverse[u]), codes + at * kUnitBytes) << 8;
+      memcpy(scales + at * kScaleBytes, &packed, 4);
     }
-    const Level1 top = level1(float_of(vmax));
-    const __m512 inverse = _mm512_set1_ps(top.inverse), half = _mm512_set1_ps(0.5f);
-    __mmask16 e8[4], e16[4];
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; v++) {
-      e8[v] = _mm512_cmp_ps_mask(_mm512_mul_ps(_mm512_castsi512_ps(v8[v]), inverse), _mm512_set1_ps(4), _CMP_GE_OQ);
-      const __m512 half8 = _mm512_mask_blend_ps(e8[v], _mm512_set1_ps(1), half);
-      e16[v] = _mm512_cmp_ps_mask(_mm512_mul_ps(_mm512_mul_ps(_mm512_castsi512_ps(v16[v]), inverse), half8),
-                                  _mm512_set1_ps(2), _CMP_GE_OQ);
-      __m512 factor = _mm512_mul_ps(half8, _mm512_set1_ps(4));
-      factor = _mm512_mask_mul_ps(factor, e16[v], factor, half);
-      __m512 t = _mm512_mul_ps(_mm512_mul_ps(_mm512_castsi512_ps(a[v]), inverse), factor);
-      t = _mm512_min_ps(_mm512_add_ps(t, half), _mm512_set1_ps(7));
-      __m512i nibble = _mm512_cvttps_epi32(t);
-      const __mmask16 below = _mm512_cmp_ps_mask(_mm512_loadu_ps(x + 16 * v), _mm512_setzero_ps(), _CMP_LT_OQ);
-      nibble = _mm512_mask_or_epi32(nibble, below, nibble, _mm512_set1_epi32(8));
-      // Two lanes are a code byte: the second nibble comes down beside the first.
-      nibble = _mm512_or_si512(nibble, _mm512_srli_epi64(nibble, 28));
-      _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + 8 * v), _mm512_cvtepi64_epi8(nibble));
-    }
-    // One bit of each run, then each byte turned round: the first run belongs in the most significant bit.
-    uint32_t meta = static_cast<uint32_t>(_pext_u64(join_masks(e8), 0x0101010101010101) |
-                                          _pext_u64(join_masks(e16), 0x1111111111111111) << 8);
-    meta = (meta >> 4 & 0x0F0F0F0F) | (meta & 0x0F0F0F0F) << 4;
-    meta = (meta >> 2 & 0x33333333) | (meta & 0x33333333) << 2;
-    meta = (meta >> 1 & 0x55555555) | (meta & 0x55555555) << 1;
-    const uint32_t packed = top.stored | meta << 8;
-    memcpy(scales, &packed, 4);
   }
 }
 
