@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hif4c.runtime.artifact import Progress, open_artifact
 from hif4c.runtime.golden import Replay, replay
+from hif4c.runtime.native import select
 from hif4c.runtime.safetensors_stream import TensorFile
 from hif4c.runtime.transformer import load_expert
 
@@ -30,7 +31,11 @@ class ExpertCheck:
 
 
 def verify_artifact(
-    path: str | os.PathLike[str], *, progress: Progress | None = None, on_step: Callable[[str], None] | None = None
+    path: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+    on_step: Callable[[str], None] | None = None,
+    kernels: str = "auto",
 ) -> list[ExpertCheck]:
     """Verify an artifact and replay its golden outputs.
 
@@ -38,11 +43,13 @@ def verify_artifact(
         path: the artifact's directory.
         progress: called with (file, bytes read) while files are hashed.
         on_step: called with a sentence before each step.
+        kernels: what replays, as in `hif4c.runtime.load`.
 
     Raises:
         Hif4Error: the artifact is damaged or incomplete. A golden output that differs is not an error but a check
             that did not pass.
     """
+    select(kernels)
     step = on_step or (lambda text: None)
     artifact = open_artifact(path)
     step(f"hashing {len(artifact.files)} files")

@@ -35,6 +35,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Clips sampled together.")] = 16,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures as JSON.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    kernels: Annotated[str, typer.Option(help="On the CPU: auto, native (compiled here) or portable.")] = "auto",
 ) -> None:
     """Sample both on equal seeds: PSNR of latents and frames, and the objective scorer on both."""
     from hif4c.compiler.evaluation import evaluate_pair, sample_clips
@@ -52,7 +53,7 @@ def evaluate(
     location = locate_model(against, expert_files_only=False)
     pipelines = {
         "reference": load_components(str(location.root), location.pipeline.class_name).to(device),
-        "artifact": load_pipeline(artifact, base=str(location.root), device=device),
+        "artifact": load_pipeline(artifact, base=str(location.root), device=device, kernels=kernels),
     }
     clips, seconds = {}, {}
     for name, pipeline in pipelines.items():

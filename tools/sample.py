@@ -38,6 +38,7 @@ def sample(
         str | None, typer.Option(help="The original model, for an artifact without text encoder and VAE.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    kernels: Annotated[str, typer.Option(help="On the CPU: auto, native (compiled here) or portable.")] = "auto",
 ) -> None:
     """Sample one clip: mp4, gif and a contact sheet."""
     from hif4c.runtime.artifact import open_artifact
@@ -49,7 +50,7 @@ def sample(
     if output.suffix != ".mp4":
         raise Hif4Error(f"{output}: the output must end in .mp4.")
     settings = settings_from(open_artifact(artifact).manifest, steps, size, frames, guidance)
-    pipeline = load_pipeline(artifact, base=base, device=device)
+    pipeline = load_pipeline(artifact, base=base, device=device, kernels=kernels)
     settings.check(pipeline)
     with progress_bar("sampling", settings.steps) as advance:
         latents = sample_latents(

@@ -103,9 +103,7 @@ def _register(library: Library) -> torch.library.Library:
         activation: str | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        return library.linear(
-            codes, scales, w_codes, w_scales, bias, activation, ops.output_dtype(bias, dtype)
-        )
+        return library.linear(codes, scales, w_codes, w_scales, bias, activation, ops.output_dtype(bias, dtype))
 
     def quantize(
         x: torch.Tensor, mask: torch.Tensor | None = None, hadamard: int = 0
