@@ -99,32 +99,30 @@ class Library:
         out = torch.empty((*codes.shape[:-1], n), dtype=dtype)
         if out.numel() == 0 or units == 0:
             return reference.linear(codes, scales, w_codes, w_scales, bias, activation, dtype)
-        m = out.numel() // n
-        codes, scales = codes.contiguous().view(m, -1), scales.contiguous().view(m, -1)
+        m, row = out.numel() // n, w_codes.shape[1]
+        codes, scales = codes.contiguous(), scales.contiguous()
         w_codes, w_scales = w_codes.contiguous(), w_scales.contiguous()
         bias = None if bias is None else bias.float().contiguous()
 
-        def compute(rows: slice, result: torch.Tensor) -> None:
+        def compute(start: int, count: int, result: torch.Tensor) -> None:
             status = self._linear(
-                codes[rows].data_ptr(), scales[rows].data_ptr(), w_codes.data_ptr(), w_scales.data_ptr(),
-                _address(bias), result.data_ptr(), _DTYPES[result.dtype], result.shape[0], n, units,
-                torch.get_num_threads(), self._parallel, instruction_set,
+                codes.data_ptr() + start * row, scales.data_ptr() + start * units * hif4_format.SCALE_BYTES,
+                w_codes.data_ptr(), w_scales.data_ptr(), _address(bias), result.data_ptr(), _DTYPES[result.dtype],
+                count, n, units, torch.get_num_threads(), self._parallel, instruction_set,
             )  # fmt: skip
             _raise(status, instruction_set)
 
-        flat = out.view(m, n)
         if activation is None and dtype in _DTYPES:
-            compute(slice(0, m), flat)
+            compute(0, m, out)
             return out
-        step = max(64, _BLOCK // n)
+        flat, step = out.view(m, n), max(64, _BLOCK // n)
         scratch = torch.empty((min(step, m), n))
         for start in range(0, m, step):
-            rows = slice(start, min(start + step, m))
-            block = scratch[: rows.stop - start]
-            compute(rows, block)
+            block = scratch[: min(step, m - start)]
+            compute(start, block.shape[0], block)
             if activation == "gelu_tanh":
                 block = torch.nn.functional.gelu(block, approximate="tanh")
-            flat[rows] = block
+            flat[start : start + block.shape[0]] = block
         return out
 
     def _check(self) -> None:

@@ -18,7 +18,7 @@ using namespace hif4;
 
 constexpr int64_t kRowBlock = 512;             // input rows expanded at once
 constexpr int64_t kInputBytes = 4 << 20;       // and at most about as many bytes
-constexpr int64_t kUnitBlock = 6;              // units of 48 columns expanded at once: 24 KiB
+constexpr int64_t kUnitBlock = 6;              // units of 48 columns expanded at once: 18 KiB, for the first cache
 constexpr int64_t kChunk = 1024;               // channels quantized at once: the largest rotation width
 constexpr int64_t kQuantizeElements = 1 << 15;  // a thread's share, so that short inputs wake no thread
 enum Status { kDone = 0, kNoMemory = 1, kNoSuchSet = 2 };
