@@ -80,9 +80,7 @@ def load_components(source: str, class_name: str, *, without_experts: bool = Fal
     absent: dict[str, Any] = {"transformer": None, "transformer_2": None} if without_experts else {}
     dtypes = {"default": torch.bfloat16, "vae": torch.float32}
     with _without_progress_bars():
-        return getattr(diffusers, class_name).from_pretrained(
-            source, dtype=dtypes, use_safetensors=True, **absent
-        )
+        return getattr(diffusers, class_name).from_pretrained(source, dtype=dtypes, use_safetensors=True, **absent)
 
 
 @contextmanager
