@@ -17,7 +17,6 @@ from torch.export.graph_signature import InputKind
 
 from hif4c.compiler.models import WanConfig
 from hif4c.passes.program import Program, TensorSource
-from hif4c.runtime.errors import Hif4Error
 
 __all__ = ["build_transformer", "capture", "export_transformer"]
 
@@ -54,14 +53,7 @@ def export_transformer(
     """Run `torch.export` on the fake transformer; returns the exported program and its real buffers (RoPE tables)."""
     model, mode = _build(config, dtype)
     rows = columns = frames = config.rope_max_seq_len
-    p_t, p_h, p_w = config.patch_size
-    if p_t != 1:
-        raise Hif4Error(f"patch_size {list(config.patch_size)}: only a temporal patch of 1 is supported.")
-    if config.image_dim is not None or config.added_kv_proj_dim is not None:
-        raise Hif4Error(
-            "the transformer has an image encoder branch (image_dim or added_kv_proj_dim), as Wan2.1 I2V has; "
-            "only Wan2.2 models are compiled."
-        )
+    _, p_h, p_w = config.patch_size
     b, f, text = Dim("b", min=1, max=MAX_BATCH), Dim("f", min=1, max=frames), Dim("text", min=1, max=MAX_TEXT)
     # Height and width are patch multiples; a plain Dim would leave guards that torch cannot prove for odd sizes.
     height: Any = p_h * Dim("h", min=1, max=rows)

@@ -42,7 +42,8 @@ from hif4c.runtime.artifact import (
 )
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.golden import make_golden
-from hif4c.runtime.graph import DTYPE_NAMES, encode
+from hif4c.runtime.graph import DTYPE_NAMES, TARGETS, encode
+from hif4c.runtime.native import is_available
 from hif4c.runtime.safetensors_stream import StreamingWriter, TensorSpec
 from hif4c.runtime.transformer import load_expert
 
@@ -148,6 +149,10 @@ def compile_model(model: str, output: str | os.PathLike[str], options: CompileOp
             os.rename(staging, target)
         except OSError as error:
             raise Hif4Error(f"{target}: the finished artifact cannot be moved there ({error.strerror}).") from None
+    # So that the first load on this machine does not have to.
+    events("step", "building the CPU kernels for this machine")
+    if not is_available():
+        events("step", "no CPU kernels: without a C++ compiler (g++ or clang++) 4-bit layers run on the portable ones")
     return target
 
 
@@ -189,7 +194,8 @@ def _staging(target: Path) -> Iterator[Path]:
     try:
         yield staging
     except OSError as error:
-        raise Hif4Error(f"{target}: cannot be written ({error.strerror}: {error.filename}).") from error
+        where = error.filename or target
+        raise Hif4Error(f"{where}: reading or writing failed while compiling ({error.strerror}).") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         for parent in made:
@@ -201,8 +207,14 @@ def _write_expert(
     program: Program, checkpoint: Checkpoint, folder: Path, events: Events
 ) -> tuple[dict[str, tuple[int, str]], str]:
     """Write graph and weights of one expert; returns weight file -> (bytes, sha256), and the weights' fingerprint."""
+    graph = to_graph(program)
+    if unknown := sorted({node.target for node in graph.nodes} - TARGETS.keys()):
+        raise Hif4Error(
+            f"the traced model uses operators that artifacts do not have: {', '.join(unknown)}; "
+            "compile with the versions of torch and diffusers in constraints.txt."
+        )
     folder.mkdir()
-    (folder / "graph.json").write_bytes(encode(to_graph(program)))
+    (folder / "graph.json").write_bytes(encode(graph))
     return write_weights(program, checkpoint, folder, lambda size: events("bytes", size))
 
 
@@ -270,11 +282,13 @@ def _verify_in_fresh_process(staging: Path) -> None:
     """An artifact that does not load is no artifact: what was written is verified without anything of this process."""
     code = (
         "import sys; from hif4c.runtime.verify import verify_artifact; "
-        "sys.exit(0 if all(check.passed for check in verify_artifact(sys.argv[1], kernels='portable')) else 3)"
+        "checks = verify_artifact(sys.argv[1], kernels='portable'); "
+        "wrong = [check for check in checks if check.replay and not check.replay.identical]; "
+        "sys.exit(str(wrong[0]) if wrong else 0)"
     )
-    result = subprocess.run([sys.executable, "-c", code, str(staging)], capture_output=True, text=True, check=False)
+    # -P: nothing in the user's current directory may stand in for a module of the standard library.
+    command = [sys.executable, "-P", "-c", code, str(staging)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        lines = result.stderr.strip().splitlines()
-        raise RuntimeError(
-            f"the written artifact does not verify in a fresh process: {lines[-1] if lines else 'golden'}"
-        )
+        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+        raise Hif4Error(f"the written artifact does not verify in a fresh process, so it was not kept: {lines[-1]}")

@@ -8,12 +8,10 @@ from pathlib import Path
 
 from hif4c.compiler.models import EXPERT_NAMES, read_json_object
 from hif4c.runtime.artifact import canonical_json
+from hif4c.runtime.components import DATA_SUFFIXES, check_components, component_names
 from hif4c.runtime.errors import Hif4Error
 
 __all__ = ["copy_components"]
-
-# Data only: no pickles, no code.
-SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".md")
 
 
 def copy_components(root: Path, destination: Path, *, link: bool = False) -> None:
@@ -25,21 +23,18 @@ def copy_components(root: Path, destination: Path, *, link: bool = False) -> Non
         link: make hard links instead of copies.
 
     Raises:
-        Hif4Error: a component is missing or has only pickled weights, or links cannot be made there.
+        Hif4Error: a component is missing, damaged, of an unknown class or pickled, or links cannot be made there.
     """
     index_path = root / "model_index.json"
     if not index_path.is_file():
         return
     index = read_json_object(index_path)
     destination.mkdir()
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list):
-            continue
-        if name in EXPERT_NAMES:
-            index[name] = [None, None]
-        elif entry != [None, None]:
-            _copy_folder(root / name, destination / name, link)
+    for name in component_names(index, index_path):
+        _copy_folder(root / name, destination / name, link)
+    index |= {name: [None, None] for name in EXPERT_NAMES if name in index}
     (destination / "model_index.json").write_bytes(canonical_json(index))
+    check_components(destination)
 
 
 def _copy_folder(source: Path, destination: Path, link: bool) -> None:
@@ -48,7 +43,7 @@ def _copy_folder(source: Path, destination: Path, link: bool) -> None:
             f"{source}: is missing, though model_index.json names it; complete the directory, or use --components none."
         )
     files = sorted(path for path in source.iterdir() if path.is_file())
-    kept = [path for path in files if path.suffix in SUFFIXES]
+    kept = [path for path in files if path.suffix in DATA_SUFFIXES]
     if any(path.suffix == ".bin" for path in files) and not any(path.suffix == ".safetensors" for path in kept):
         raise Hif4Error(f"{source}: has only pickled weights (.bin); save it as safetensors first.")
     destination.mkdir()

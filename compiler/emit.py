@@ -16,8 +16,6 @@ __all__ = ["to_graph"]
 
 SIZE_TARGETS = {
     operator.getitem: "getitem",
-    operator.add: "size.add",
-    operator.sub: "size.sub",
     operator.mul: "size.mul",
     operator.floordiv: "size.floordiv",
 }
@@ -52,9 +50,7 @@ def to_graph(program: Program) -> Graph:
 
 
 def _target_name(target: Any) -> str:
-    if target in SIZE_TARGETS:
-        return SIZE_TARGETS[target]
-    name = str(target)
+    name = SIZE_TARGETS.get(target, str(target))
     return name.removesuffix(".default") if name.startswith("hif4.") else name
 
 

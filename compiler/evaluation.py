@@ -10,14 +10,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hif4c.compiler.checkpoint import Checkpoint
+from hif4c.compiler.locate import ModelLocation
 from hif4c.compiler.tiny.scorer import ClipScore, score_clip, summarize
 from hif4c.compiler.tiny.world import Attributes
+from hif4c.runtime.artifact import Artifact
+from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.sampling import SamplingSettings, decode_latents, sample_latents
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["Clip", "Distance", "evaluate_pair", "frame_psnr", "latent_snr", "sample_clips"]
+__all__ = ["Clip", "Distance", "check_same_model", "evaluate_pair", "frame_psnr", "latent_snr", "sample_clips"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def sample_clips(
     *,
     seed: int = 0,
     batch: int = 8,
-    negative_prompt: str = "",
+    image: Any = None,
     on_step: Callable[[int], None] | None = None,
 ) -> list[Clip]:
     """Sample one clip a prompt, clip i from seed + i, `batch` at a time.
@@ -55,7 +59,7 @@ def sample_clips(
         settings: size, frames, steps, guidance.
         seed: seed of the first clip.
         batch: clips sampled together.
-        negative_prompt: for the unconditional pass.
+        image: first frame of every clip (PIL image), for an image-to-video pipeline.
         on_step: called with the number of clips after every denoising step.
     """
     clips: list[Clip] = []
@@ -63,10 +67,27 @@ def sample_clips(
         part = prompts[start : start + batch]
         seeds = range(seed + start, seed + start + len(part))
         step = None if on_step is None else _counted(on_step, len(part))
-        latents = sample_latents(pipeline, part, seeds, settings, negative_prompt=negative_prompt, on_step=step).float()
+        latents = sample_latents(pipeline, part, seeds, settings, image=image, on_step=step).float()
         frames = decode_latents(pipeline, latents)
         clips += [Clip(latent, frame) for latent, frame in zip(latents, frames, strict=True)]
     return clips
+
+
+def check_same_model(artifact: Artifact, location: ModelLocation) -> None:
+    """Refuse to compare an artifact with a model that it was not compiled from; reads all of the model's weights.
+
+    Raises:
+        Hif4Error: an expert is missing, or its config or weights are others.
+    """
+    for name, info in artifact.experts.items():
+        config = location.configs.get(name)
+        if config is None or config.to_dict() != info.config:
+            raise Hif4Error(f"{artifact.root}: its {name} was compiled from another model than {location.source}.")
+        with Checkpoint(location.experts[name], config, location.layout) as checkpoint:
+            if checkpoint.fingerprint() != info.fingerprint:
+                raise Hif4Error(
+                    f"{artifact.root}: its {name} was compiled from other weights than {location.source}'s."
+                )
 
 
 def evaluate_pair(

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
+from hif4c.runtime.components import EXPERT_NAMES, PIPELINE_CLASSES
 from hif4c.runtime.errors import Hif4Error
 
 __all__ = [
@@ -27,11 +28,8 @@ TINY_NAME = "wan-tiny"
 _HUB_NAMES = ("Wan2.2-T2V-A14B", "Wan2.2-I2V-A14B", "Wan2.2-TI2V-5B")
 BUILTIN_NAMES = (TINY_NAME, *_HUB_NAMES)
 
-EXPERT_NAMES = ("transformer", "transformer_2")
-"""In the order of sampling: `transformer` denoises above the boundary timestep, `transformer_2` below it."""
 
 _TRANSFORMER_CLASS = "WanTransformer3DModel"
-_PIPELINE_CLASSES = ("WanPipeline", "WanImageToVideoPipeline")
 _QK_NORM = "rms_norm_across_heads"
 _MAX_SIZE = 1 << 20  # no dimension of a real model comes near; a hostile one must not make us count for hours
 
@@ -80,6 +78,14 @@ class WanConfig:
         checked: dict[str, Any] = {name: _CHECKS.get(name, _size)(values, name, where) for name in known}
         if checked["attention_head_dim"] % 2:
             raise Hif4Error(f"{where}: attention_head_dim must be even, got {checked['attention_head_dim']}.")
+        if checked["patch_size"][0] != 1:
+            raise Hif4Error(
+                f"{where}: patch_size {list(checked['patch_size'])}: only a temporal patch of 1 is supported."
+            )
+        if checked["image_dim"] is not None or checked["added_kv_proj_dim"] is not None:
+            raise Hif4Error(
+                f"{where}: image_dim or added_kv_proj_dim is set, as in Wan2.1 image-to-video; only Wan2.2 is compiled."
+            )
         return cls(**checked, private=private)
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,8 +108,8 @@ class PipelineConfig:
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Self:
         """Check the content of a model_index.json; components are not looked at (Hif4Error names `where`)."""
         class_name = values.get("_class_name")
-        if class_name not in _PIPELINE_CLASSES:
-            supported = " and ".join(_PIPELINE_CLASSES)
+        if class_name not in PIPELINE_CLASSES:
+            supported = " and ".join(PIPELINE_CLASSES)
             raise Hif4Error(f"{where}: pipeline class {class_name!r} is not supported; hif4c compiles {supported}.")
         ratio = values.get("boundary_ratio")
         if ratio is not None and not (_is_number(ratio) and 0 < ratio < 1):

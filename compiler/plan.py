@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -23,11 +24,8 @@ BOUNDARY_REASONS = {
     "condition_embedder.time_embedder": "boundary: timestep embedding",
     "condition_embedder.time_proj": "boundary: timestep modulation of every block",
     "condition_embedder.text_embedder": "boundary: text embedding",
-    "condition_embedder.image_embedder": "boundary: image embedding",
     "proj_out": "boundary: output projection",
 }
-# Linears of older image-to-video checkpoints that are not among the ten of a block.
-IMAGE_PROJECTIONS = ("add_k_proj", "add_v_proj")
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def make_plan(config: WanConfig, recipe: Recipe, dtype: torch.dtype = torch.bflo
         after = before
         if precision != Precision.HIGH:
             codes, scales = packed_shapes(module.weight.shape)
-            after = _product(codes) + _product(scales) + bias
+            after = math.prod(codes) + math.prod(scales) + bias
         linears.append(
             PlannedLinear(Decision(path, precision, reason), module.in_features, module.out_features, before, after)
         )
@@ -106,8 +104,6 @@ def _decide(path: str, in_features: int, recipe: Recipe) -> tuple[str, str]:
             return Precision.HIGH, reason
     if not BLOCK_PATTERN.match(path):
         return Precision.HIGH, "boundary: not inside a transformer block"
-    if path.rpartition(".")[2] in IMAGE_PROJECTIONS:
-        return Precision.HIGH, "image tokens: few, and not among the ten linears of a block"
     for glob in recipe.keep_high:
         if fnmatchcase(path, glob):
             return Precision.HIGH, f"recipe {recipe.name} keeps {glob}"
@@ -123,10 +119,3 @@ def _check_globs(recipe: Recipe, paths: Sequence[str]) -> None:
                 f"recipe {recipe.name}: keep_high {glob!r} matches no linear of a block; "
                 f"they are called like {paths[0] if paths else 'blocks.0.attn1.to_q'}."
             )
-
-
-def _product(shape: Sequence[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= int(size)
-    return result

@@ -75,7 +75,7 @@ def load_recipe(name: str) -> Recipe:
             raise Hif4Error(f"recipe {name} cannot be read: {error}.") from None
         return _parse(text, path.stem, f"recipe {name}")
     close = difflib.get_close_matches(name, recipes, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = f"; did you mean {close[0]}?" if close else "."
     raise Hif4Error(f"there is no recipe {name!r}{hint} Built in: {', '.join(recipes)}; or give a .toml file.")
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hif4c.runtime.artifact import Artifact, canonical_json
@@ -68,9 +70,7 @@ def _summarize_expert(artifact: Artifact, name: str) -> ExpertSummary:
             with TensorFile(artifact.path(relative)) as file:
                 for tensor in file.names:
                     dtype, shape = file.info(tensor)
-                    elements = 1
-                    for size in shape:
-                        elements *= size
+                    elements = math.prod(shape)
                     if tensor.endswith((".codes", ".scales")):
                         planes += elements
                     else:
@@ -100,7 +100,7 @@ def _not_parameters(artifact: Artifact, name: str) -> set[str]:
 
 def render_report(artifact: Artifact) -> list[Table]:
     """The summary and the linears as tables for people."""
-    overview = Table(title=f"{artifact.manifest['model']['source']}, compiled", box=box.SIMPLE_HEAD)
+    overview = Table(title=escape(f"{artifact.manifest['model']['source']}, compiled"), box=box.SIMPLE_HEAD)
     for column in ("expert", "recipe", "4-bit", "high", "bits a weight", "file", "bf16", "ratio", "nodes"):
         overview.add_column(
             column, justify="left" if column in ("expert", "recipe") else "right", no_wrap=column == "expert"
@@ -108,7 +108,7 @@ def render_report(artifact: Artifact) -> list[Table]:
     for item in summarize(artifact):
         quantized = sum(count for precision, count in item.precisions.items() if precision != "high")
         overview.add_row(
-            item.expert, item.recipe, str(quantized), str(item.precisions.get("high", 0)),
+            item.expert, escape(item.recipe), str(quantized), str(item.precisions.get("high", 0)),
             f"{item.bits_per_weight:.2f}", f"{item.file_bytes / 1e6:,.2f} MB", f"{item.bf16_bytes / 1e6:,.2f} MB",
             f"{item.ratio:.1%}", str(item.nodes),
         )  # fmt: skip
@@ -119,7 +119,7 @@ def render_report(artifact: Artifact) -> list[Table]:
             table.add_column(column)
         for linear in info.linears:
             shape = f"{linear['out_features']} x {linear['in_features']}"
-            table.add_row(linear["path"], shape, linear["precision"], linear["reason"])
+            table.add_row(linear["path"], shape, linear["precision"], escape(linear["reason"]))
         tables.append(table)
     return tables
 
@@ -143,7 +143,10 @@ def write_report(artifact: Artifact, directory: Path) -> None:
     }
     report = {"model": artifact.manifest["model"]["source"], "experts": experts}
     (directory / "report.json").write_bytes(canonical_json(report))
-    console = Console(record=True, width=140, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console = Console(
+        record=True, width=140, height=100, file=io.StringIO(), force_terminal=True, color_system="truecolor",
+        emoji=False, _environ={},  # TERM and the like must not change the bytes
+    )  # fmt: skip
     for table in render_report(artifact):
         console.print(table)
     (directory / "report.html").write_text(console.export_html(inline_styles=False), encoding="utf-8")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hif4c.runtime.components import DATA_SUFFIXES, EXPERT_NAMES, PIPELINE_CLASSES
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.graph import DTYPES, Graph, InputType, decode
 from hif4c.runtime.safetensors_stream import TensorFile
@@ -32,7 +33,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_GRAPH_BYTES = 256 << 20
-EXPERT_NAMES = ("transformer", "transformer_2")
 _CHUNK = 8 << 20
 # A stored dtype that is narrower than the graph's but converts to it exactly.
 _EXACT = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float64)}
@@ -163,7 +163,12 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         files = {
             _confined(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()
         }
-        _ = (manifest["model"]["source"], manifest["model"]["expand_timesteps"])
+        model = manifest["model"]
+        if not isinstance(model["expand_timesteps"], bool) or not set(experts) <= set(model["experts"]):
+            raise ValueError("its model does not fit its experts")
+        if model["pipeline_class"] not in PIPELINE_CLASSES:
+            raise ValueError("its pipeline class is not known")
+        _ = (model["source"], model["sampling"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise Hif4Error(f"{manifest_path}: does not have the structure of a manifest ({reason}).") from None
@@ -213,7 +218,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise Hif4Error(f"{path}: is not the manifest of a hif4c artifact.")
     version = manifest.get("format_version")
-    if type(version) is not int or version > FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise Hif4Error(
             f"{path}: the artifact has format version {version!r} and this hif4c reads up to {FORMAT_VERSION}; "
             "upgrade hif4c on this machine."
@@ -241,6 +246,8 @@ def _confined(name: str) -> str:
         raise ValueError(f"{name!r} is not a path inside the artifact")
     if not name.isprintable():  # control characters, and what no file name can be encoded from
         raise ValueError(f"{name!r} is not a path inside the artifact")
+    if not name.endswith(DATA_SUFFIXES):
+        raise ValueError(f"{name!r} is not a data file")
     return name
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,12 +35,10 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 _ATEN = [
-    "_to_copy.default",
     "add.Tensor",
     "arange.start",
     "cat.default",
     "chunk.default",
-    "clone.default",
     "contiguous.default",
     "conv3d.default",
     "cos.default",
@@ -56,7 +54,6 @@ _ATEN = [
     "reshape.default",
     "rms_norm.default",
     "scaled_dot_product_attention.default",
-    "select.int",
     "silu.default",
     "sin.default",
     "slice.Tensor",
@@ -67,7 +64,6 @@ _ATEN = [
     "sym_size.int",
     "to.dtype",
     "transpose.int",
-    "type_as.default",
     "unbind.int",
     "unflatten.int",
     "unsqueeze.default",
@@ -80,6 +76,17 @@ def _aten(name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops.aten, packet), overload)
 
 
+def _size_operator(function: Callable[[int, int], int]) -> Callable[[int, int], int]:
+    """Arithmetic on sizes alone: Python's operators would also repeat lists and strings."""
+
+    def checked(a: int, b: int) -> int:
+        if type(a) is not int or type(b) is not int:
+            raise TypeError("sizes are whole numbers")
+        return function(a, b)
+
+    return checked
+
+
 TARGETS: dict[str, Callable[..., Any]] = {
     **{f"aten.{name}": _aten(name) for name in _ATEN},
     "hif4.quantize": torch.ops.hif4.quantize.default,
@@ -87,10 +94,8 @@ TARGETS: dict[str, Callable[..., Any]] = {
     "hif4.linear": torch.ops.hif4.linear.default,
     "hif4.linear_w4": torch.ops.hif4.linear_w4.default,
     "getitem": operator.getitem,
-    "size.add": operator.add,
-    "size.sub": operator.sub,
-    "size.mul": operator.mul,
-    "size.floordiv": operator.floordiv,
+    "size.mul": _size_operator(operator.mul),
+    "size.floordiv": _size_operator(operator.floordiv),
 }
 """Everything a program may call, by the name that stands in the file."""
 
@@ -150,7 +155,6 @@ class Graph:
     tensors: list[InputType]
     nodes: list[Node]
     outputs: list[Ref]
-    meta: dict[str, Any] = field(default_factory=dict)
 
     @property
     def first_node(self) -> int:
@@ -279,6 +283,9 @@ class _Decoder:
     def graph(self) -> Graph:
         inputs = [InputType(_text(name), self._type(row)) for name, row in self.raw["inputs"]]
         tensors = [InputType(_text(name), self._type(row)) for name, row in self.raw["tensors"]]
+        names = [item.name for item in (*inputs, *tensors)]
+        if len(set(names)) != len(names):
+            raise ValueError(f"two values are called {max(names, key=names.count)!r}")
         rows = self.raw["nodes"]
         if len(rows) > MAX_NODES:
             raise Hif4Error(f"the program has {len(rows)} nodes, more than the {MAX_NODES} that are read.")
@@ -294,7 +301,7 @@ class _Decoder:
         return Node(
             self.targets[_index(target, len(self.targets))],
             tuple(_decode_argument(item, number, 0) for item in args),
-            {_identifier(name): _decode_argument(item, number, 0) for name, item in kwargs.items()},
+            {_identifier(name): _decode_keyword(item) for name, item in kwargs.items()},
             self.modules[_index(module, len(self.modules))],
             self._node_type(kind),
         )
@@ -330,6 +337,11 @@ def _decode_argument(value: Any, number: int, depth: int) -> Any:
     if value is None or isinstance(value, (bool, int, float)):
         return value
     raise TypeError(f"an argument may not be a {type(value).__name__}")
+
+
+def _decode_keyword(value: Any) -> Any:
+    """Decode a keyword argument, which is a constant: values are passed by position."""
+    return _decode_argument(value, 0, 0)
 
 
 def _index(value: Any, end: int) -> int:

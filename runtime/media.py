@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy.typing as npt
 
 from hif4c.runtime.errors import Hif4Error
 
-__all__ = ["contact_sheet", "save_clip", "save_comparison", "to_pixels"]
+__all__ = ["check_clip_path", "contact_sheet", "save_clip", "save_comparison", "to_pixels"]
 
 Frames = npt.NDArray[np.uint8]
 # Clips smaller than this are enlarged by whole factors, so that a toy's 32 pixels can be seen.
@@ -21,6 +23,22 @@ GAP = 4
 def to_pixels(frames: npt.NDArray[np.floating]) -> Frames:
     """[F, H, W, 3] in 0..1 -> uint8."""
     return np.round(np.clip(np.nan_to_num(frames), 0, 1) * 255).astype(np.uint8)
+
+
+def check_clip_path(path: Path) -> None:
+    """Make the clip's folder, before any time is spent on sampling.
+
+    Raises:
+        Hif4Error: the path does not end in .mp4, or cannot be written.
+    """
+    if path.suffix != ".mp4":
+        raise Hif4Error(f"{path}: the output must end in .mp4.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK) or path.is_dir():
+            raise PermissionError(errno.EACCES, "not writable")
+    except OSError as error:
+        raise Hif4Error(f"{path}: the clip cannot be written there ({error.strerror}).") from None
 
 
 def save_clip(frames: npt.NDArray[np.floating], path: Path, fps: int) -> list[Path]:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from hif4c.runtime.artifact import Artifact, open_artifact
+from hif4c.runtime.components import PIPELINE_CLASSES, check_components
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.native import select
 from hif4c.runtime.transformer import load_expert
@@ -18,9 +20,7 @@ from hif4c.runtime.transformer import load_expert
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["load_components", "load_pipeline"]
-
-PIPELINE_CLASSES = ("WanPipeline", "WanImageToVideoPipeline")
+__all__ = ["check_device", "load_components", "load_pipeline"]
 
 
 def load_pipeline(
@@ -44,8 +44,7 @@ def load_pipeline(
     Raises:
         Hif4Error: as `load`; an artifact without a pipeline and no `base`; or one expert of two is missing.
     """
-    if kernels != "auto" or torch.device(device).type == "cpu":
-        select(kernels)
+    device = check_device(device)
     artifact = open_artifact(path)
     model = artifact.manifest["model"]
     missing = [name for name in model["experts"] if name not in artifact.experts]
@@ -54,9 +53,14 @@ def load_pipeline(
             f"{artifact.root}: was compiled without {', '.join(missing)}; a pipeline needs every expert, "
             "use hif4c.runtime.load for a single one."
         )
+    if kernels != "auto" or device.type == "cpu":
+        select(kernels)
     if verify:
         artifact.verify()
-    pipeline = load_components(_components(artifact, base), model["pipeline_class"], without_experts=True)
+    source = _components(artifact, base)
+    if base is None:
+        check_components(Path(source))
+    pipeline = load_components(source, model["pipeline_class"], without_experts=True)
     experts = {name: load_expert(artifact, name, verify=False) for name in artifact.experts}
     pipeline.register_modules(**experts)
     pipeline.to(device)
@@ -68,8 +72,11 @@ def load_components(source: str, class_name: str, *, without_experts: bool = Fal
 
     Args:
         source: directory or hub id.
-        class_name: one of `PIPELINE_CLASSES`.
+        class_name: one of `hif4c.runtime.components.PIPELINE_CLASSES`.
         without_experts: leave the transformers out.
+
+    Raises:
+        Hif4Error: diffusers is not installed, or cannot load the pipeline.
     """
     try:
         import diffusers
@@ -79,8 +86,14 @@ def load_components(source: str, class_name: str, *, without_experts: bool = Fal
         raise Hif4Error(f"pipeline class {class_name!r} is not supported; supported: {', '.join(PIPELINE_CLASSES)}.")
     absent: dict[str, Any] = {"transformer": None, "transformer_2": None} if without_experts else {}
     dtypes = {"default": torch.bfloat16, "vae": torch.float32}
-    with _without_progress_bars():
-        return getattr(diffusers, class_name).from_pretrained(source, dtype=dtypes, use_safetensors=True, **absent)
+    try:
+        with _without_progress_bars():
+            return getattr(diffusers, class_name).from_pretrained(
+                source, dtype=dtypes, use_safetensors=True, trust_remote_code=False, **absent
+            )
+    except (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise Hif4Error(f"{source}: diffusers cannot load the pipeline ({type(error).__name__}: {reason}).") from error
 
 
 @contextmanager
@@ -99,6 +112,17 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         for module in shown:
             module.enable_progress_bar()
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Fail before anything is loaded (Hif4Error) when there is no such device."""
+    try:
+        found = torch.device(device)
+        torch.ones(1, device=found).item()  # "meta" is a device as well, but computes nothing
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise Hif4Error(f"device {str(device)!r} cannot be used here ({reason}).") from None
+    return found
 
 
 def _components(artifact: Artifact, base: str | None) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from hif4c.runtime.errors import Hif4Error
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["SamplingSettings", "decode_latents", "sample_latents"]
+__all__ = ["SamplingSettings", "decode_latents", "open_image", "sample_latents"]
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,31 @@ class SamplingSettings:
     frames: int
     steps: int
     guidance: float
-    fps: int
+    fps: int = 16
     guidance_2: float | None = None
     text_tokens: int = 512
+
+    @classmethod
+    def from_defaults(cls, defaults: Mapping[str, Any] | None, **asked: float | None) -> Self:
+        """The settings that an artifact's manifest records, overridden by what was asked for (None: not asked).
+
+        Raises:
+            Hif4Error: a setting is neither recorded nor asked for, or is not a number that makes sense.
+        """
+        values = dict(defaults or {})
+        if asked.get("guidance") is not None:
+            values.pop("guidance_2", None)
+        values |= {name: value for name, value in asked.items() if value is not None}
+        options = {"height": "size", "width": "size"}
+        known = {item.name: item for item in fields(cls)}
+        required = [name for name, item in known.items() if item.default is MISSING]
+        if missing := sorted({options.get(name, name) for name in required if name not in values}):
+            raise Hif4Error(f"this model has no usual settings; give --{', --'.join(missing)}.")
+        for name, value in values.items():
+            whole = name not in ("guidance", "guidance_2")
+            if name not in known or type(value) not in ((int,) if whole else (int, float)) or not value > 0:
+                raise Hif4Error(f"{name} {value}: must be a positive {'whole ' if whole else ''}number.")
+        return cls(**values)
 
     def check(self, pipeline: DiffusionPipeline) -> None:
         """Raise Hif4Error when size or frames do not fit the pipeline's VAE and patches."""
@@ -58,8 +81,9 @@ class SamplingSettings:
         temporal = pipeline.vae_scale_factor_temporal
         if self.frames <= 0 or (self.frames - 1) % temporal:
             raise Hif4Error(f"frames {self.frames}: must be a multiple of {temporal}, plus one, for this model.")
-        if self.steps <= 0:
-            raise Hif4Error(f"steps {self.steps}: must be positive.")
+        positions = expert.config.rope_max_seq_len
+        if (self.frames - 1) // temporal + 1 > positions:
+            raise Hif4Error(f"frames {self.frames}: the model has positions for {(positions - 1) * temporal + 1}.")
 
 
 def sample_latents(
@@ -125,3 +149,22 @@ def decode_latents(pipeline: DiffusionPipeline, latents: torch.Tensor) -> npt.ND
     std = torch.tensor(vae.config.latents_std).view(shape).to(latents)
     clips = [vae.decode(clip[None] * std + mean, return_dict=False)[0] for clip in latents]
     return pipeline.video_processor.postprocess_video(torch.cat(clips), output_type="np")
+
+
+def open_image(path: Path | None, pipeline_class: str, settings: SamplingSettings) -> Any:
+    """Read the first frame for an image-to-video pipeline, in the size of the clip; None for a text-to-video one.
+
+    Raises:
+        Hif4Error: the pipeline needs an image and there is none, takes none, or the file is no image.
+    """
+    needed = pipeline_class == "WanImageToVideoPipeline"
+    if needed != (path is not None):
+        raise Hif4Error("this is an image-to-video model; give --image." if needed else "this model takes no --image.")
+    if path is None:
+        return None
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(path).convert("RGB").resize((settings.width, settings.height))
+    except (OSError, UnidentifiedImageError) as error:
+        raise Hif4Error(f"{path}: cannot be read as an image ({error}).") from None

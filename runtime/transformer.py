@@ -19,6 +19,9 @@ from hif4c.runtime.native import select
 
 __all__ = ["CompiledTransformer", "TransformerConfig", "TransformerOutput", "load", "load_expert"]
 
+INPUTS = ["hidden_states", "timestep", "encoder_hidden_states"]
+CONFIG_KEYS = ("in_channels", "patch_size", "rope_max_seq_len", "text_dim")  # those that a call looks at
+
 
 class TransformerConfig(dict[str, Any]):
     """The model's config; keys are attributes as well, as in diffusers."""
@@ -57,7 +60,8 @@ class CompiledTransformer(nn.Module):
         self.config = TransformerConfig(config)
         self.expand_timesteps = expand_timesteps
         self._dtype = dtype
-        self._buffer_names = {item.name: item.name.replace(".", "/") for item in graph.tensors}
+        # A prefix, so that no tensor can take the name of one of the module's own attributes.
+        self._buffer_names = {item.name: "weights/" + item.name.replace(".", "/") for item in graph.tensors}
         for name, buffer_name in self._buffer_names.items():
             self.register_buffer(buffer_name, tensors[name], persistent=False)
         self._executor: Executor | None = None
@@ -187,5 +191,9 @@ def load_expert(artifact: Artifact, expert: str, *, verify: bool = True) -> Comp
     if verify:
         artifact.verify(f"{expert}/")
     graph = artifact.graph(expert)
+    if [item.name for item in graph.inputs] != INPUTS or len(graph.outputs) != 1:
+        raise Hif4Error(f"{artifact.root / expert}: the program does not have the inputs and output of a transformer.")
+    if missing := [key for key in CONFIG_KEYS if key not in info.config]:
+        raise Hif4Error(f"{artifact.root / expert}: the manifest's config lacks {', '.join(missing)}.")
     tensors = artifact.tensors(expert, graph.tensors)
     return CompiledTransformer(graph, tensors, info.config, info.dtype, artifact.expand_timesteps)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from hif4c.runtime.artifact import Progress, open_artifact
@@ -31,18 +30,13 @@ class ExpertCheck:
 
 
 def verify_artifact(
-    path: str | os.PathLike[str],
-    *,
-    progress: Progress | None = None,
-    on_step: Callable[[str], None] | None = None,
-    kernels: str = "auto",
+    path: str | os.PathLike[str], *, progress: Progress | None = None, kernels: str = "auto"
 ) -> list[ExpertCheck]:
     """Verify an artifact and replay its golden outputs.
 
     Args:
         path: the artifact's directory.
         progress: called with (file, bytes read) while files are hashed.
-        on_step: called with a sentence before each step.
         kernels: what replays, as in `hif4c.runtime.load`.
 
     Raises:
@@ -50,13 +44,10 @@ def verify_artifact(
             that did not pass.
     """
     select(kernels)
-    step = on_step or (lambda text: None)
     artifact = open_artifact(path)
-    step(f"hashing {len(artifact.files)} files")
     artifact.verify(progress=progress)
     checks = []
     for name in artifact.experts:
-        step(f"replaying {name}")
         model = load_expert(artifact, name, verify=False)
         golden_name = f"golden/{name}.safetensors"
         outcome = None

@@ -15,7 +15,7 @@ from diffusers import WanTransformer3DModel
 
 from hif4c.compiler import compile as compile_module
 from hif4c.compiler.capture import capture
-from hif4c.compiler.compile import CompileOptions, compile_model
+from hif4c.compiler.compile import CompileOptions, compile_model, resolve_recipes
 from hif4c.compiler.emit import to_graph
 from hif4c.compiler.models import WanConfig
 from hif4c.compiler.recipe import load_recipe
@@ -186,3 +186,11 @@ def make_inputs(
 @pytest.fixture(scope="session")
 def inputs() -> Callable[..., Sample]:
     return make_inputs
+
+
+@pytest.fixture(scope="session")
+def wan_tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """wan-tiny with the default recipe, compiled once a session through the whole compiler."""
+    path = tmp_path_factory.mktemp("wan-tiny") / "wan-tiny.hif4"
+    recipes = resolve_recipes(["transformer", "transformer_2"], [], [])
+    return compile_model("wan-tiny", path, CompileOptions(recipes), lambda event, value: None)

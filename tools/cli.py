@@ -31,7 +31,7 @@ A first round, with the small model that ships with hif4c:
 
   hif4c verify tiny.hif4                hashes, programs, golden outputs
 
-  hif4c sample tiny.hif4 --prompt "a red square moving left on a blue background" -o clip.mp4
+  hif4c sample tiny.hif4 --prompt "a red triangle moving left on a black background" -o clip.mp4
 
   hif4c evaluate tiny.hif4 --against wan-tiny
 

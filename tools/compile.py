@@ -47,7 +47,8 @@ def compile_command(
     with Reporter.make_progress() as progress:
         path = compile_model(model, output, options, Reporter(progress))
     console.print(render_report(open_artifact(path))[0])
-    console.print(f"{path} compiled and verified in {time.perf_counter() - started:.1f} s", highlight=False)
+    seconds = time.perf_counter() - started
+    console.print(f"{path} compiled and verified in {seconds:.1f} s", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -8,24 +8,39 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["Reporter", "console", "make_table", "parse_size", "progress_bar", "run", "run_command"]
+__all__ = [
+    "MAX_SEED",
+    "Reporter",
+    "console",
+    "find_base",
+    "make_table",
+    "parse_size",
+    "progress_bar",
+    "run",
+    "run_command",
+]
 
+# What the runtime alone does without (see the extras in pyproject.toml).
+OPTIONAL_PACKAGES = ("PIL", "accelerate", "diffusers", "ftfy", "huggingface_hub", "imageio", "scipy", "transformers")
+MAX_SEED = 2**63 - 2**32  # torch's generators take 64-bit seeds; this leaves room for one seed a clip
 # Into a pipe or file, tables take the width they need instead of 80 columns.
-console = Console(width=None if sys.stdout.isatty() else 140)
-errors = Console(stderr=True)
+# A path may hold ":smile:"; what was typed is what is printed.
+console = Console(width=None if sys.stdout.isatty() else 140, emoji=False)
+errors = Console(stderr=True, emoji=False)
 
 
 def run(app: Callable[[], Any]) -> None:
-    """Run a command line: an `Hif4Error` is one sentence on stderr and exit status 1, without a traceback."""
+    """Run a command line: what is wrong with the input or the machine is one sentence on stderr and exit status 1."""
     from hif4c.runtime.errors import Hif4Error
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors)])
@@ -35,11 +50,18 @@ def run(app: Callable[[], Any]) -> None:
     try:
         app()
     except Hif4Error as error:
-        errors.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        sys.exit(130)
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'this command'}: {error.strerror or error}.")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in OPTIONAL_PACKAGES:
+            raise
+        _fail(f"this command needs {error.name}; install it with: pip install 'hif4c[compile]'")
+
+
+def _fail(sentence: str) -> NoReturn:
+    errors.print(f"[bold red]error:[/] {escape(sentence)}", soft_wrap=True, highlight=False)
+    sys.exit(1)
 
 
 def run_command(command: Callable[..., Any]) -> None:
@@ -54,12 +76,23 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """ "832x480" -> (width, height)."""
+def parse_size(text: str | None) -> tuple[int, int] | tuple[None, None]:
+    """Turn "832x480" into (width, height), and None into (None, None)."""
+    if text is None:
+        return None, None
     parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
         raise typer.BadParameter(f"{text!r} is not WIDTHxHEIGHT, for example 832x480")
     return int(parts[0]), int(parts[1])
+
+
+def find_base(model: str | None) -> str | None:
+    """The directory of the original pipeline that `--base` names: a directory, a built-in name or a hub id."""
+    if model is None:
+        return None
+    from hif4c.compiler.locate import locate_model
+
+    return str(locate_model(model, expert_files_only=False).root)
 
 
 @contextmanager
@@ -98,15 +131,15 @@ class Reporter:
         elif event == "bytes" and self.task is not None:
             self.progress.advance(self.task, value)
         elif event == "step":
-            self.progress.console.print(f"  {value}", highlight=False)
+            self.progress.console.print(f"  {value}", highlight=False, markup=False)
         elif event == "pass":
             for note in value.notes:
-                self.progress.console.print(f"    [dim]{value.name}: {note}[/]", highlight=False)
+                self.progress.console.print(f"    [dim]{value.name}: {escape(note)}[/]", highlight=False)
 
 
 def make_table(title: str, columns: Sequence[str], *, left: int = 1) -> Table:
     """An empty table whose first `left` columns are text and never shortened, the others right-aligned figures."""
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < left else "right", no_wrap=index < left)
     return table

@@ -16,8 +16,7 @@ from typing import Annotated
 import typer
 
 from hif4c.tools.compile import compile_command
-from hif4c.tools.console import console, make_table, progress_bar, run_command
-from hif4c.tools.sample import settings_from
+from hif4c.tools.console import MAX_SEED, console, make_table, progress_bar, run_command
 from hif4c.tools.verify import verify
 
 __all__ = ["demo"]
@@ -29,8 +28,8 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything the demo makes.")] = Path(
         "demo"
     ),
-    prompts: Annotated[int, typer.Option(help="How many prompts to sample.")] = 2,
-    seed: Annotated[int, typer.Option(help="Seed of the first clip.")] = 0,
+    prompts: Annotated[int, typer.Option(min=1, max=135, help="How many prompts to sample.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the first clip.")] = 0,
 ) -> None:
     """Compile wan-tiny, verify the artifact, sample prompts it never saw from both, and write clips and a picture."""
     from hif4c.compiler.evaluation import evaluate_pair, sample_clips
@@ -40,6 +39,7 @@ def demo(
     from hif4c.runtime.artifact import open_artifact
     from hif4c.runtime.media import save_clip, save_comparison
     from hif4c.runtime.pipeline import load_components, load_pipeline
+    from hif4c.runtime.sampling import SamplingSettings
 
     artifact = output / "wan-tiny.hif4"
     shutil.rmtree(artifact, ignore_errors=True)
@@ -52,7 +52,7 @@ def demo(
 
     console.rule("sample")
     manifest = open_artifact(artifact).manifest
-    settings = settings_from(manifest)
+    settings = SamplingSettings.from_defaults(manifest["model"]["sampling"])
     chosen = held_out_prompts(prompts)
     started = time.perf_counter()
     compiled = load_pipeline(artifact)
@@ -93,7 +93,7 @@ def demo(
     table.add_row("frame PSNR, median", "", f"{result['distance']['frame_psnr']:.1f} dB")
     console.rule("summary")
     console.print(table)
-    console.print(f"clips and {picture.name} are in {output}/", highlight=False)
+    console.print(f"clips and {picture.name} are in {output}/", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

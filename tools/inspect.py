@@ -24,7 +24,7 @@ __all__ = ["inspect"]
 
 def inspect(
     artifact: Annotated[Path, typer.Argument(help="Directory of the artifact.")],
-    expert: Annotated[str, typer.Option(help="transformer or transformer_2.")] = "transformer",
+    expert: Annotated[str | None, typer.Option(help="transformer or transformer_2. Default: the first.")] = None,
     block: Annotated[int | None, typer.Option(help="Only this transformer block.")] = None,
     stage: Annotated[
         str | None, typer.Option(help="The graph after this pass (traced again from the config); `list` names them.")
@@ -37,13 +37,13 @@ def inspect(
     from hif4c.runtime.errors import Hif4Error
     from hif4c.runtime.graph_text import count_targets, program_lines
 
-    opened = open_artifact(artifact)
-    opened.expert(expert)
     if stage == "list":
         from hif4c.compiler.pipeline import PASS_NAMES
 
         console.print("\n".join(PASS_NAMES))
         return
+    opened = open_artifact(artifact)
+    expert = opened.expert(expert or next(iter(opened.experts))).name
     if block is None and stage is None and not graph:
         for table in render_report(opened):
             console.print(table)

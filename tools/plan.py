@@ -11,6 +11,7 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__f
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from hif4c.tools.console import console, make_table, run_command
@@ -28,6 +29,7 @@ def plan(
     ] = None,
     expert: Annotated[list[str] | None, typer.Option(help="Only this expert. Repeatable.")] = None,
     summary: Annotated[bool, typer.Option(help="Only the totals.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
 ) -> None:
     """Show every linear with its shape, precision, reason and bytes.
 
@@ -37,7 +39,7 @@ def plan(
     from hif4c.compiler.locate import describe_model
     from hif4c.compiler.plan import make_plan
 
-    description = describe_model(model)
+    description = describe_model(model, revision=revision)
     recipes = resolve_recipes(list(description.configs), recipe or [], expert or [])
     plans = {
         key: make_plan(*key) for key in {(description.configs[name], chosen): 0 for name, chosen in recipes.items()}
@@ -52,7 +54,7 @@ def plan(
         quantized = sum(decision.quantized for decision in expert_plan.decisions)
         row = [quantized, len(expert_plan.linears) - quantized, expert_plan.bytes_before, expert_plan.bytes_after]
         sums = [total + value for total, value in zip(sums, row, strict=True)]
-        totals.add_row(name, chosen.name, *_cells(row))
+        totals.add_row(name, escape(chosen.name), *_cells(row))
     if len(recipes) > 1:
         totals.add_section()
         totals.add_row("both", "", *_cells(sums))
@@ -65,7 +67,7 @@ def _linears(title: str, plan: ExpertPlan) -> Table:
     for item in plan.linears:
         shape = f"{item.out_features}x{item.in_features}"
         sizes = (_size(item.bytes_before), _size(item.bytes_after))
-        table.add_row(item.decision.path, shape, item.decision.precision, *sizes, item.decision.reason)
+        table.add_row(item.decision.path, shape, item.decision.precision, *sizes, escape(item.decision.reason))
     others = _size(plan.other_bytes)
     table.add_row("everything else", "", "high", others, others, "convolution, norms, modulation: copied")
     return table

@@ -5,8 +5,14 @@ The defaults are the recipe of the shipped weights. An interrupted run continues
 
 from __future__ import annotations
 
-import argparse
+import os
 import sys
+
+if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+    sys.path.pop(0)  # run as a script: this folder must not hide the standard library (inspect)
+
+import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +27,12 @@ from hif4c.compiler.tiny.export import export_pipeline
 from hif4c.compiler.tiny.scorer import ClipScore, summarize
 from hif4c.compiler.tiny.text_training import TextRecipe, train_text_encoder
 from hif4c.compiler.tiny.vae_training import VaeRecipe, train_vae
+
+__all__ = ["main"]
+
+# The recipes of the shipped experts.
+HIGH = DitRecipe()
+LOW = DitRecipe(steps=5500)
 
 
 def _show(title: str, scores: Sequence[ClipScore]) -> None:
@@ -41,15 +53,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-HIGH = DitRecipe()
-LOW = DitRecipe()
-
-
 def _expert(high: bool, steps: int, seed: int) -> DitRecipe:
     base = HIGH if high else LOW
     # Another number of steps keeps the share of the decay.
     decay = max(1, round(base.decay_steps * steps / base.steps))
     return DitRecipe(steps=steps, decay_steps=decay, seed=seed)
+
+
+def _train_expert(work: Path, high: bool, recipe: DitRecipe) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    train_expert(work, work / ("high" if high else "low"), high, recipe)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,9 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         encode_clips(work / "vae", work / "latents.pt", DataRecipe(seed=options.seed))
     context = mp.get_context("spawn")
     workers = []
-    for high, name, steps in ((True, "high", options.high_steps), (False, "low", options.low_steps)):
-        recipe = _expert(high, steps, options.seed)
-        workers.append(context.Process(target=train_expert, args=(work, work / name, high, recipe)))
+    for high, steps in ((True, options.high_steps), (False, options.low_steps)):
+        workers.append(context.Process(target=_train_expert, args=(work, high, _expert(high, steps, options.seed))))
         workers[-1].start()
     for worker in workers:
         worker.join()

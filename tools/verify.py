@@ -29,13 +29,13 @@ def verify(
     total = sum(size for size, _ in open_artifact(artifact).files.values())
     with progress_bar("hashing", total) as advance:
         checks = verify_artifact(artifact, progress=lambda _, size: advance(size), kernels=kernels)
-    table = make_table(str(artifact), ("expert", "nodes", "codes", "4-bit linear", "whole expert", "verdict"))
+    table = make_table(str(artifact), ("expert", "nodes", "codes", "4-bit linears", "whole expert", "verdict"))
     for check in checks:
         codes = linear = whole = "not recorded"
         if check.replay is not None:
             found = check.replay
             codes = "identical" if found.codes_differ == 0 else f"{found.codes_differ} differ"
-            linear = "none" if found.linear_error is None else _error(found.linear_error)
+            linear = f"{found.linears}: {_error(found.linear_error)} {found.worst}".rstrip()
             whole = _error(found.distance)
             if found.distance:
                 whole += f" (last-bit changes: {found.flip_distance:.1e})"

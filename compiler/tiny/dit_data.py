@@ -25,7 +25,7 @@ __all__ = ["DataRecipe", "LatentData", "encode_clips", "load_latents"]
 class DataRecipe:
     """How many clips of each training combination are encoded, and by how many processes."""
 
-    clips_each: int = 20
+    clips_each: int = 12
     seed: int = 0
     workers: int = 2
 

@@ -36,8 +36,8 @@ _TEXT_LENGTH = 512  # the pipeline's default padded length, in tokens
 class DitRecipe:
     """Steps and optimizer settings of one expert. The rate warms up, stays, and decays linearly over the last steps."""
 
-    steps: int = 6000
-    decay_steps: int = 2000
+    steps: int = 5750
+    decay_steps: int = 1000
     warmup: int = 100
     batch: int = 16
     muon_rate: float = 5e-3
@@ -161,7 +161,7 @@ def train_expert(folder: Path, out: Path, high: bool, recipe: DitRecipe) -> None
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
         running += loss.item()
         if step % 100 == 99 or step + 1 == recipe.steps:
-            done = step % 100 + 1
+            done = min(step % 100, step - first) + 1
             _log.info("%s step %d loss %.4f seconds %.0f", name, step + 1, running / done, time.time() - start)
             running = 0.0
         if step % 250 == 249 or step + 1 == recipe.steps:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from transformers import T5Tokenizer, UMT5EncoderModel
+from transformers import UMT5EncoderModel
 
 from hif4c.compiler.tiny.dit_training import BOUNDARY, FLOW_SHIFT
+from hif4c.compiler.tiny.text_training import build_tokenizer
 
 __all__ = ["export_pipeline"]
 
@@ -16,10 +17,12 @@ __all__ = ["export_pipeline"]
 def export_pipeline(vae: Path, text: Path, high: Path, low: Path, out: Path) -> WanPipeline:
     """Save the complete pipeline to `out` in bf16 and return it.
 
-    `text` holds `tokenizer/` and `text_encoder/`; `high` and `low` are the experts' directories.
+    `text` holds `text_encoder/`; `high` and `low` are the experts' directories.
     """
+    # Cast after loading: loaded as bf16, diffusers would keep, and save, some of the experts' modules in float32.
+    # Loading the export gives those modules float32 copies of the stored bf16 values.
     pipeline = WanPipeline(
-        tokenizer=T5Tokenizer.from_pretrained(text / "tokenizer"),
+        tokenizer=build_tokenizer(),  # a fresh one: a used tokenizer also saves its last padding
         text_encoder=UMT5EncoderModel.from_pretrained(text / "text_encoder", dtype=torch.bfloat16),
         vae=AutoencoderKLWan.from_pretrained(vae, torch_dtype=torch.bfloat16),
         scheduler=UniPCMultistepScheduler(

@@ -74,10 +74,11 @@ def _initialize(vae: AutoencoderKLWan) -> None:
             module.bias.normal_(0, 0.02)
         matrix = nn.init.orthogonal_(torch.empty(module.out_channels, module.in_channels))
         # Spatial centre; of a causal convolution's time taps, the last is the present frame.
-        tap: tuple[int, ...] = tuple(size // 2 for size in module.weight.shape[-2:])
+        height, width = module.weight.shape[-2:]
+        tap = module.weight[..., height // 2, width // 2]
         if isinstance(module, nn.Conv3d):
-            tap = (module.weight.shape[2] - 1, *tap)
-        module.weight[(slice(None), slice(None), *tap)] += matrix
+            tap = tap[..., -1]
+        tap.add_(matrix)
         if name.endswith(".conv2"):
             module.weight.mul_(0.1)  # residual branches start small
     bias = vae.quant_conv.bias

@@ -6,13 +6,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hif4c.compiler.capture import build_transformer, capture
+from hif4c.compiler.capture import build_transformer
 from hif4c.compiler.models import WanConfig
 from hif4c.compiler.pipeline import run_passes
 from hif4c.compiler.plan import make_plan
 from hif4c.compiler.recipe import Recipe
 from hif4c.passes.program import module_path
-from hif4c.runtime.errors import Hif4Error
 from tests.support import checkpoints
 from tests.support.checkpoints import VARIANTS, small_config
 
@@ -95,12 +94,6 @@ def test_sizes_have_names_for_people(captures):
     program = captures.variant("t2v")
     assert set(program.symbols.values()) == {"b", "f", "h", "w", "text"}
     assert program.inputs == ["hidden_states", "timestep", "encoder_hidden_states"]
-
-
-def test_a_temporal_patch_is_refused():
-    config = WanConfig.from_dict(small_config("t2v", patch_size=[2, 2, 2]), "config.json")
-    with pytest.raises(Hif4Error, match=r"patch_size \[2, 2, 2\]: only a temporal patch of 1"):
-        capture(config)
 
 
 @pytest.mark.slow

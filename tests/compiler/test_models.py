@@ -94,6 +94,9 @@ def test_config_of_the_installed_diffusers_is_accepted(tmp_path):
         ({"eps": 0}, "eps"),
         ({"eps": "1e-6"}, "eps"),
         ({"image_dim": -5}, "image_dim"),
+        ({"image_dim": 1280}, "image_dim or added_kv_proj_dim is set, as in Wan2.1.*only Wan2.2 is compiled"),
+        ({"added_kv_proj_dim": 128}, "image_dim or added_kv_proj_dim is set"),
+        ({"patch_size": [2, 2, 2]}, r"patch_size \[2, 2, 2\]: only a temporal patch of 1 is supported"),
         ({"vace_layers": [1], "vace_in_channels": 96}, "has no vace_in_channels, vace_layers"),
     ],
 )

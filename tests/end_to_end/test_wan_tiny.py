@@ -15,7 +15,12 @@ from hif4c.compiler.tiny.world import held_out_prompts
 from hif4c.runtime import load, load_pipeline
 from hif4c.runtime.artifact import open_artifact
 from hif4c.runtime.pipeline import load_components
-from hif4c.tools.sample import settings_from
+from hif4c.runtime.sampling import SamplingSettings
+
+
+def settings_of(artifact: Path, **asked: float) -> SamplingSettings:
+    """The settings that the artifact records, but what is asked for."""
+    return SamplingSettings.from_defaults(open_artifact(artifact).manifest["model"]["sampling"], **asked)
 
 
 def test_transformer_files_are_small(wan_tiny_artifact: Path) -> None:
@@ -40,7 +45,7 @@ def test_pipeline_samples_what_the_prompt_says(wan_tiny_artifact: Path) -> None:
     """The artifact alone samples clips near the original's: bf16 against 4 bits on equal seeds."""
     chosen = held_out_prompts(4)
     prompts, expected = [text for text, _ in chosen], [attributes for _, attributes in chosen]
-    settings = settings_from(open_artifact(wan_tiny_artifact).manifest)
+    settings = settings_of(wan_tiny_artifact)
     compiled = load_pipeline(wan_tiny_artifact)
     original = load_components(str(tiny_directory()), "WanPipeline")
     found = sample_clips(compiled, prompts, settings)
@@ -60,7 +65,7 @@ def test_both_experts_are_called_at_their_noise_levels(wan_tiny_artifact: Path) 
         expert.register_forward_pre_hook(
             lambda module, args, kwargs, steps=steps: steps.append(float(kwargs["timestep"][0])), with_kwargs=True
         )
-    settings = settings_from(open_artifact(wan_tiny_artifact).manifest, steps=8)
+    settings = settings_of(wan_tiny_artifact, steps=8)
     sample_clips(pipeline, ["a red square"], settings)
     boundary = 0.875 * pipeline.scheduler.config.num_train_timesteps
     assert min(seen["transformer"]) >= boundary > max(seen["transformer_2"])
@@ -68,12 +73,11 @@ def test_both_experts_are_called_at_their_noise_levels(wan_tiny_artifact: Path) 
 
 def test_one_artifact_serves_other_sizes_and_batches(wan_tiny_artifact: Path) -> None:
     pipeline = load_pipeline(wan_tiny_artifact)
-    manifest = open_artifact(wan_tiny_artifact).manifest
-    for size, frames, batch in (("32x48", 5, 1), ("64x32", 13, 3)):
-        settings = settings_from(manifest, steps=2, size=size, frames=frames)
+    for width, height, frames, batch in ((32, 48, 5, 1), (64, 32, 13, 3)):
+        settings = settings_of(wan_tiny_artifact, steps=2, width=width, height=height, frames=frames)
         clips = sample_clips(pipeline, ["a red square moving left on a blue background"] * batch, settings)
         assert len(clips) == batch
-        assert clips[0].frames.shape == (frames, settings.height, settings.width, 3)
+        assert clips[0].frames.shape == (frames, height, width, 3)
         assert all(torch.isfinite(clip.latents).all() for clip in clips)
 
 
@@ -98,7 +102,7 @@ assert not bad, bad
 def test_scores_on_many_prompts(wan_tiny_artifact: Path) -> None:
     """The yardstick itself: the bf16 pipeline is right on at least 80 % of 96 held-out prompts."""
     chosen = held_out_prompts(96)
-    settings = settings_from(open_artifact(wan_tiny_artifact).manifest)
+    settings = settings_of(wan_tiny_artifact)
     original = load_components(str(tiny_directory()), "WanPipeline")
     clips = sample_clips(original, [text for text, _ in chosen], settings, batch=16)
     result = evaluate_pair(clips, clips, [attributes for _, attributes in chosen])

@@ -13,7 +13,7 @@ from hif4c.runtime.artifact import open_artifact
 from hif4c.runtime.errors import Hif4Error
 from hif4c.tools.cli import app
 
-PROMPT = "a red square moving left on a blue background"
+PROMPT = "a red triangle moving left on a black background"
 
 
 def run(*arguments: str | Path) -> Result:
@@ -74,10 +74,12 @@ def test_verify_fails_when_golden_outputs_differ(wan_tiny_artifact: Path, monkey
     import hif4c.runtime.verify as module
     from hif4c.runtime.golden import Replay
 
-    monkeypatch.setattr(module, "replay", lambda model, golden: Replay(3, 0.0, 0.5, 0.001))
+    monkeypatch.setattr(module, "replay", lambda model, golden: Replay(3, 60, 0.25, "blocks.5.ffn.net.2", 0.5, 0.001))
     result = run("verify", wan_tiny_artifact)
     assert result.exit_code == 1
-    assert "3 differ" in result.stdout
+    for words in ("3 differ", "60: differs by 2.5e-01 blocks.5.ffn.net.2", "differs by 5.0e-01", "1.0e-03"):
+        assert words in " ".join(result.stdout.split()), words
+    assert result.stdout.count(" ok ") == 0
 
 
 def test_verify_names_a_damaged_file(wan_tiny_artifact: Path, tmp_path: Path) -> None:
@@ -96,14 +98,15 @@ def test_inspect_summarizes_and_prints_programs(wan_tiny_artifact: Path) -> None
     block = output("inspect", wan_tiny_artifact, "--block", "3", "--expert", "transformer_2")
     assert block.count("hif4.linear(") == 10
     # q, k and v share one quantized input; the text tokens are quantized before the first block.
-    assert block.count("hif4.quantize(") == 5
+    assert block.count("hif4.quantize(") == 6
     assert "blocks.2." not in block
 
 
 def test_inspect_shows_a_stage_between_passes(wan_tiny_artifact: Path) -> None:
     text = output("inspect", wan_tiny_artifact, "--block", "0", "--stage", "insert_qdq")
     assert text.count("aten.linear.default(") == 10
-    assert text.count("hif4.dequantize(") == 20
+    # Ten weights and eight inputs: the text tokens, which are read by two linears, are quantized before the blocks.
+    assert text.count("hif4.dequantize(") == 18
     assert "hif4.linear(" not in text
     assert "insert_qdq" in message("inspect", wan_tiny_artifact, "--stage", "insert")
 

@@ -1,0 +1,107 @@
+"""README.md: its Python runs as it stands, on wan-tiny, and its command lines are ones that hif4c understands."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+
+from hif4c.compiler.models import tiny_directory
+from hif4c.runtime.transformer import CompiledTransformer
+from hif4c.tools.cli import app
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+HUB_ID = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+SIZE = "height=480, width=832, num_frames=81"
+COMMANDS = sorted({
+    re.split(r"\s{2,}#|\s#|>|;", line)[0].strip()
+    for line in [
+        *re.findall(r"^(?:\$ )?(hif4c [a-z].*)$", README, re.MULTILINE), *re.findall(r"`(hif4c [a-z][^`]*)`", README)
+    ]
+})  # fmt: skip
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def run(code: str, artifact: Path) -> dict[str, Any]:
+    """Run a block with the artifact's path, the model, the device and the sizes replaced by what a test can afford."""
+    for old, new in (
+        ('"t2v.hif4"', repr(str(artifact))),
+        (f'"{HUB_ID}"', repr(str(tiny_directory()))),
+        ('device="cuda"', 'device="cpu"'),
+        (SIZE, "height=32, width=32, num_frames=9, num_inference_steps=2"),
+    ):
+        code = code.replace(old, new)
+    assert "t2v" not in code.replace(str(artifact), "").replace(str(tiny_directory()), "").lower()
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+def test_the_blocks_are_found() -> None:
+    first, second = blocks("python")
+    assert 'load_pipeline("t2v.hif4", device="cuda")' in first
+    assert SIZE in first
+    assert HUB_ID in second
+    assert 'load("t2v.hif4", expert="transformer_2")' in second
+
+
+def test_a_pipeline_from_an_artifact(wan_tiny_artifact: Path) -> None:
+    names = run(blocks("python")[0], wan_tiny_artifact)
+    assert names["frames"].shape == (9, 32, 32, 3)
+    assert isinstance(names["pipeline"].transformer, CompiledTransformer)
+
+
+def test_compiled_experts_in_a_pipeline_of_ones_own(wan_tiny_artifact: Path) -> None:
+    pipeline = run(blocks("python")[1], wan_tiny_artifact)["pipeline"]
+    assert isinstance(pipeline.transformer, CompiledTransformer)
+    assert isinstance(pipeline.transformer_2, CompiledTransformer)
+    assert pipeline.vae.dtype == torch.float32
+    assert pipeline.text_encoder.dtype == torch.bfloat16
+    pipeline.set_progress_bar_config(disable=True)
+    frames = pipeline(prompt="a red square", height=32, width=32, num_frames=9, num_inference_steps=2).frames[0]
+    assert frames.shape == (9, 32, 32, 3)
+
+
+def test_the_commands_are_found() -> None:
+    assert len(COMMANDS) >= 6
+    assert {command.split()[1] for command in COMMANDS} == {
+        "plan", "compile", "verify", "sample", "evaluate", "inspect"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_of_the_readme_is_understood(line: str) -> None:
+    """Parsed, not run: every command, argument and option exists."""
+    _, name, *arguments = shlex.split(line)
+    group = typer.main.get_command(app)
+    if arguments:
+        group.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+    else:
+        assert name in group.commands  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[a-z-]+)", README))))
+def test_an_option_that_the_readme_mentions_exists(option: str) -> None:
+    group = typer.main.get_command(app)
+    known = {text for command in group.commands.values() for item in command.params for text in item.opts}  # type: ignore[attr-defined]
+    assert option in known
+
+
+def test_the_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        if not target.startswith("http"):
+            assert (Path(__file__).parents[2] / target).exists(), target
+
+
+def test_the_recipes_are_those_that_there_are() -> None:
+    from hif4c.compiler.recipe import load_recipe
+
+    table = re.findall(r"^\| `([a-z-]+)`", README, re.MULTILINE)
+    assert sorted(table) == sorted(path.stem for path in (tiny_directory().parents[1] / "recipes").glob("*.toml"))
+    assert all(load_recipe(name).name == name for name in table)
