@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from hif4c.runtime.artifact import Artifact, open_artifact
 from hif4c.runtime.components import PIPELINE_CLASSES, check_components
 from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.native import select
 from hif4c.runtime.transformer import load_expert
 
 if TYPE_CHECKING:
@@ -23,7 +24,12 @@ __all__ = ["check_device", "load_components", "load_pipeline"]
 
 
 def load_pipeline(
-    path: str | os.PathLike[str], *, base: str | None = None, verify: bool = True, device: str | torch.device = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    verify: bool = True,
+    device: str | torch.device = "cpu",
+    kernels: str = "auto",
 ) -> DiffusionPipeline:
     """Load an artifact as a diffusers pipeline with compiled experts.
 
@@ -33,10 +39,12 @@ def load_pipeline(
             text encoder, tokenizer, VAE and scheduler.
         verify: compare the sha256 of every file with the manifest before anything is used.
         device: where the pipeline runs.
+        kernels: as `load`; "auto" builds nothing for another device than the CPU.
 
     Raises:
         Hif4Error: as `load`; an artifact without a pipeline and no `base`; or one expert of two is missing.
     """
+    device = check_device(device)
     artifact = open_artifact(path)
     model = artifact.manifest["model"]
     missing = [name for name in model["experts"] if name not in artifact.experts]
@@ -45,7 +53,8 @@ def load_pipeline(
             f"{artifact.root}: was compiled without {', '.join(missing)}; a pipeline needs every expert, "
             "use hif4c.runtime.load for a single one."
         )
-    device = check_device(device)
+    if kernels != "auto" or device.type == "cpu":
+        select(kernels)
     if verify:
         artifact.verify()
     source = _components(artifact, base)

@@ -15,6 +15,7 @@ from hif4c.runtime.artifact import Artifact, open_artifact
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.executor import Executor
 from hif4c.runtime.graph import Graph
+from hif4c.runtime.native import select
 
 __all__ = ["CompiledTransformer", "TransformerConfig", "TransformerOutput", "load", "load_expert"]
 
@@ -163,17 +164,24 @@ class CompiledTransformer(nn.Module):
         return super()._apply(move, recurse)
 
 
-def load(path: str | os.PathLike[str], expert: str = "transformer", *, verify: bool = True) -> CompiledTransformer:
+def load(
+    path: str | os.PathLike[str], expert: str = "transformer", *, verify: bool = True, kernels: str = "auto"
+) -> CompiledTransformer:
     """Load one expert of an artifact.
 
     Args:
         path: the artifact's directory.
         expert: "transformer" (high noise, or the only one) or "transformer_2".
         verify: compare the sha256 of the expert's files with the manifest before anything is used.
+        kernels: what runs the 4-bit layers on the CPU, for the whole process: "native" (compiled on this machine from
+            the sources in this package, the first time in some seconds), "portable" (plain torch, many times slower;
+            the same bits), or "auto" (native where there is a C++ compiler, else portable with one warning).
 
     Raises:
-        Hif4Error: the artifact is damaged, incomplete, newer than this hif4c, or lacks the expert.
+        Hif4Error: the artifact is damaged, incomplete, newer than this hif4c, or lacks the expert; or native kernels
+            were asked for and cannot be had.
     """
+    select(kernels)
     return load_expert(open_artifact(path), expert, verify=verify)
 
 

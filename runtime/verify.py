@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hif4c.runtime.artifact import Progress, open_artifact
 from hif4c.runtime.golden import Replay, replay
+from hif4c.runtime.native import select
 from hif4c.runtime.safetensors_stream import TensorFile
 from hif4c.runtime.transformer import load_expert
 
@@ -28,17 +29,21 @@ class ExpertCheck:
         return self.replay is None or self.replay.passed
 
 
-def verify_artifact(path: str | os.PathLike[str], *, progress: Progress | None = None) -> list[ExpertCheck]:
+def verify_artifact(
+    path: str | os.PathLike[str], *, progress: Progress | None = None, kernels: str = "auto"
+) -> list[ExpertCheck]:
     """Verify an artifact and replay its golden outputs.
 
     Args:
         path: the artifact's directory.
         progress: called with (file, bytes read) while files are hashed.
+        kernels: what replays, as in `hif4c.runtime.load`.
 
     Raises:
         Hif4Error: the artifact is damaged or incomplete. A golden output that differs is not an error but a check
             that did not pass.
     """
+    select(kernels)
     artifact = open_artifact(path)
     artifact.verify(progress=progress)
     checks = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from hif4c.tools.bench import app as bench
 from hif4c.tools.compile import compile_command
 from hif4c.tools.console import run
 from hif4c.tools.evaluate import evaluate
@@ -42,6 +43,7 @@ app.command("verify")(verify)
 app.command("sample")(sample)
 app.command("inspect")(inspect)
 app.command("evaluate")(evaluate)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Clips sampled together.")] = 16,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures as JSON.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    kernels: Annotated[str, typer.Option(help="On the CPU: auto, native (compiled here) or portable.")] = "auto",
 ) -> None:
     """Sample both on equal seeds: PSNR of latents and frames, and the objective scorer on both."""
     from hif4c.compiler.evaluation import check_same_model, evaluate_pair, sample_clips
@@ -60,7 +61,7 @@ def evaluate(
     # One after the other: only one of them is in memory.
     makers = {
         "reference": lambda: load_components(root, location.pipeline.class_name).to(device),
-        "artifact": lambda: load_pipeline(artifact, base=root, device=device),
+        "artifact": lambda: load_pipeline(artifact, base=root, device=device, kernels=kernels),
     }
     clips, seconds = {}, {}
     for name, make in makers.items():

@@ -37,6 +37,7 @@ def sample(
         str | None, typer.Option(help="The original model, for an artifact without text encoder and VAE.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    kernels: Annotated[str, typer.Option(help="On the CPU: auto, native (compiled here) or portable.")] = "auto",
 ) -> None:
     """Sample one clip: mp4, gif and a contact sheet."""
     from hif4c.runtime.artifact import open_artifact
@@ -51,7 +52,7 @@ def sample(
         model["sampling"], height=height, width=width, frames=frames, steps=steps, guidance=guidance
     )
     first_frame = open_image(image, model["pipeline_class"], settings)
-    pipeline = load_pipeline(artifact, base=find_base(base), device=device)
+    pipeline = load_pipeline(artifact, base=find_base(base), device=device, kernels=kernels)
     settings.check(pipeline)
     with progress_bar("sampling", settings.steps) as advance:
         latents = sample_latents(

@@ -18,14 +18,17 @@ from hif4c.tools.console import console, make_table, progress_bar, run_command
 __all__ = ["verify"]
 
 
-def verify(artifact: Annotated[Path, typer.Argument(help="Directory of the artifact.")]) -> None:
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="Directory of the artifact.")],
+    kernels: Annotated[str, typer.Option(help="On the CPU: auto, native (compiled here) or portable.")] = "auto",
+) -> None:
     """Check every hash, load every expert, and replay its golden outputs. Exit status 1 when anything is off."""
     from hif4c.runtime.artifact import open_artifact
     from hif4c.runtime.verify import verify_artifact
 
     total = sum(size for size, _ in open_artifact(artifact).files.values())
     with progress_bar("hashing", total) as advance:
-        checks = verify_artifact(artifact, progress=lambda _, size: advance(size))
+        checks = verify_artifact(artifact, progress=lambda _, size: advance(size), kernels=kernels)
     table = make_table(str(artifact), ("expert", "nodes", "codes", "4-bit linears", "whole expert", "verdict"))
     for check in checks:
         codes = linear = whole = "not recorded"

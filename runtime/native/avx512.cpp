@@ -1,0 +1,33 @@
+// The kernels for AVX-512 with VNNI, once without and once with VBMI (its byte permutation decodes a code in one step).
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "generic.h"
+
+#define HIF4_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi,bmi2"
+#define HIF4_VBMI 0
+#define HIF4_TARGET __attribute__((target(HIF4_AVX512)))
+namespace hif4 {
+namespace {
+namespace avx512 {
+#include "avx512.inl"
+}  // namespace avx512
+}  // namespace
+const Kernels kAvx512 = {avx512::expand_row, avx512::expand_tile, avx512::multiply,  avx512::few_rows,
+                         avx512::quantize,   avx512::load_bf16,   avx512::load_f32, avx512::rotate};
+}  // namespace hif4
+
+#undef HIF4_VBMI
+#undef HIF4_TARGET
+#define HIF4_VBMI 1
+#define HIF4_TARGET __attribute__((target(HIF4_AVX512 ",avx512vbmi")))
+namespace hif4 {
+namespace {
+namespace vbmi {
+#include "avx512.inl"
+}  // namespace vbmi
+}  // namespace
+const Kernels kAvx512Vbmi = {vbmi::expand_row, vbmi::expand_tile, vbmi::multiply, vbmi::few_rows,
+                             vbmi::quantize,   vbmi::load_bf16,   vbmi::load_f32, vbmi::rotate};
+}  // namespace hif4
+#endif

@@ -1,0 +1,272 @@
+// The C interface: argument layout in bindings.py, blocking and threads here, arithmetic in the kernels.
+#include "hif4_cpu.h"
+
+#include <string.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#define HIF4_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace hif4;
+
+constexpr int64_t kRowBlock = 512;             // input rows expanded at once
+constexpr int64_t kInputBytes = 4 << 20;       // and at most about as many bytes
+constexpr int64_t kUnitBlock = 6;              // units of 48 columns expanded at once: 18 KiB, for the first cache
+constexpr int64_t kChunk = 1024;               // channels quantized at once: the largest rotation width
+constexpr int64_t kQuantizeElements = 1 << 15;  // a thread's share, so that short inputs wake no thread
+enum Status { kDone = 0, kNoMemory = 1, kNoSuchSet = 2 };
+enum Dtype { kFloat32 = 0, kBfloat16 = 1 };
+
+// GOMP_parallel of the OpenMP runtime that torch uses, so that there is one pool of threads; may be null.
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+struct Team {
+  int threads;
+  Parallel parallel;
+};
+
+// Tasks are handed out one by one: a thread that the system delays holds up no other.
+template <typename Task>
+struct Job {
+  const Task& task;
+  int64_t count;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> workers{0};
+
+  Job(const Task& task, int64_t count) : task(task), count(count) {}
+
+  static void work(void* self) {
+    Job& job = *static_cast<Job*>(self);
+    const int worker = job.workers++;
+    for (int64_t i; (i = job.next++) < job.count;) job.task(i, worker);
+  }
+};
+
+// task(i, worker) for i in [0, count); worker in [0, threads).
+template <typename Task>
+void run(const Team& team, int64_t count, const Task& task) {
+  Job<Task> job(task, count);
+  const int threads = static_cast<int>(std::min<int64_t>(team.threads, count));
+  if (threads <= 1) return Job<Task>::work(&job);
+  if (team.parallel) return team.parallel(Job<Task>::work, &job, static_cast<unsigned>(threads), 0);
+  std::vector<std::thread> others;
+  try {
+    others.reserve(threads - 1);
+    for (int i = 1; i < threads; i++) others.emplace_back(Job<Task>::work, &job);
+  } catch (...) {  // a thread that cannot be had is done without
+  }
+  Job<Task>::work(&job);
+  for (std::thread& other : others) other.join();
+}
+
+template <typename T>
+class Scratch {
+ public:
+  // `count` elements from a 64-byte boundary on; check with ok().
+  explicit Scratch(int64_t count) : memory_(new (std::nothrow) uint8_t[count * sizeof(T) + 64]) {
+    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
+  }
+  bool ok() const { return memory_ != nullptr; }
+  T* get() const { return data_; }
+
+ private:
+  std::unique_ptr<uint8_t[]> memory_;
+  T* data_;
+};
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int best_set() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    const bool vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi") &&
+                      __builtin_cpu_supports("bmi2");
+    if (!vnni) return 1;
+    return __builtin_cpu_supports("avx512vbmi") ? 3 : 2;
+  }
+#endif
+  return 0;
+}
+
+// The kernels of a set, -1 for the best; null for one that this processor cannot run.
+const Kernels* kernels_of(int set) {
+  static const int best = best_set();
+  if (set < 0) set = best;
+  if (set > best) return nullptr;
+#if defined(__x86_64__)
+  if (set == 1) return &kAvx2;
+  if (set == 2) return &kAvx512;
+  if (set == 3) return &kAvx512Vbmi;
+#endif
+  return set == 0 ? &kPortable : nullptr;
+}
+
+// Output rows: bias added and the one cast made.
+struct Output {
+  const float* bias;  // or null
+  void* data;
+  Dtype dtype;
+  int64_t n;
+
+  void store(int64_t row, int64_t column, int64_t count, const float* acc) const {
+    float y[kCols];
+    for (int64_t c = 0; c < count; c++) y[c] = bias ? acc[c] + bias[column + c] : acc[c];
+    if (dtype == kFloat32) {
+      memcpy(static_cast<float*>(data) + row * n + column, y, count * sizeof(float));
+      return;
+    }
+    uint16_t* out = static_cast<uint16_t*>(data) + row * n + column;
+    for (int64_t c = 0; c < count; c++) {
+      uint32_t bits;
+      memcpy(&bits, &y[c], 4);
+      const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+      out[c] = static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+    }
+  }
+};
+
+struct Planes {
+  const uint8_t* codes;
+  const uint8_t* scales;
+};
+
+int linear(const Kernels& kernels, const Planes& input, const Weight& weight, const Output& output, int64_t m,
+           const Team& team) {
+  const int64_t units = weight.units, kp = units * kUnit;
+  const int64_t fitting = std::max<int64_t>(kInputBytes / kp / kRows, 8) * kRows;
+  const int64_t block = std::min(std::min(kRowBlock, fitting), ceil_div(m, kRows) * kRows);
+  Scratch<int8_t> values(block * kp);
+  Scratch<float> scales(block * units);
+  Scratch<int32_t> offsets(block * units);
+  if (!values.ok() || !scales.ok() || !offsets.ok()) return kNoMemory;
+  const auto group_at = [&](int64_t row) {
+    return Group{values.get() + row * kp, scales.get() + row * units, offsets.get() + row * units};
+  };
+  const auto expand = [&](int64_t first, int64_t count, int64_t group) {
+    const int64_t row = group * kRows;
+    const Group out = group_at(row);
+    if (count - row < kRows) {  // the rows that are missing are zeros
+      memset(out.values, 0, kRows * kp);
+      memset(out.scales, 0, kRows * units * sizeof(float));
+      memset(out.offsets, 0, kRows * units * sizeof(int32_t));
+    }
+    for (int64_t i = row; i < std::min(row + kRows, count); i++)
+      kernels.expand_row(input.codes + (first + i) * units * kUnitBytes,
+                         input.scales + (first + i) * units * kScaleBytes, units, out, static_cast<int>(i - row));
+  };
+
+  if (kernels.few_rows && m <= kRows) {
+    expand(0, m, 0);
+    const Group group = group_at(0);
+    run(team, ceil_div(weight.n, kTile), [&](int64_t tile, int) {
+      float acc[kRows * kTile];
+      const int64_t column = tile * kTile;
+      kernels.few_rows(group, static_cast<int>(m), weight, column, acc);
+      for (int64_t i = 0; i < m; i++)
+        output.store(i, column, std::min<int64_t>(kTile, weight.n - column), acc + i * kTile);
+    });
+    return kDone;
+  }
+
+  // A task is a range of rows by 48 columns; fewer rows where there would be less than two tasks a thread.
+  const int64_t tiles = ceil_div(weight.n, kCols);
+  int64_t share = block;
+  while (share >= 128 && tiles * ceil_div(block, share) < 2 * team.threads) share = ceil_div(share / 2, kRows) * kRows;
+  const int64_t acc_size = share * kCols;
+  Scratch<uint8_t> columns(team.threads * kUnitBlock * kCols * kUnit);
+  Scratch<float> column_scales(team.threads * kUnitBlock * kCols);
+  Scratch<float> accs(team.threads * acc_size);
+  if (!columns.ok() || !column_scales.ok() || !accs.ok()) return kNoMemory;
+
+  for (int64_t first = 0; first < m; first += block) {
+    const int64_t count = std::min(block, m - first);
+    run(team, ceil_div(count, kRows), [&](int64_t group, int) { expand(first, count, group); });
+    run(team, tiles * ceil_div(count, share), [&](int64_t task, int worker) {
+      const int64_t column = task % tiles * kCols, begin = task / tiles * share;
+      const int64_t end = std::min(begin + share, count), width = std::min<int64_t>(kCols, weight.n - column);
+      uint8_t* w = columns.get() + worker * kUnitBlock * kCols * kUnit;
+      float* w_scales = column_scales.get() + worker * kUnitBlock * kCols;
+      float* acc = accs.get() + worker * acc_size;
+      memset(acc, 0, acc_size * sizeof(float));
+      for (int64_t u = 0; u < units; u += kUnitBlock) {
+        const int64_t some = std::min(kUnitBlock, units - u);
+        for (int64_t c = 0; c < kCols; c += kTile)
+          kernels.expand_tile(weight, column + c, u, some, w + c * kUnit, w_scales + c);
+        for (int64_t row = begin; row < end; row += kRows)
+          kernels.multiply(group_at(row), static_cast<int>(std::min<int64_t>(kRows, end - row)), u, some, w, w_scales,
+                           acc + (row - begin) * kCols);
+      }
+      for (int64_t row = begin; row < end; row++) output.store(first + row, column, width, acc + (row - begin) * kCols);
+    });
+  }
+  return kDone;
+}
+
+struct Quantizer {
+  const Kernels& kernels;
+  const void* x;
+  Dtype dtype;
+  const float* mask;  // or null
+  int hadamard;       // 0 or 1: none
+  float factor;
+  int64_t k;
+
+  void row(int64_t i, uint8_t* codes, uint8_t* scales) const {
+    alignas(64) float chunk[kChunk];
+    for (int64_t start = 0; start < k; start += kChunk) {
+      const int64_t count = std::min(kChunk, k - start), padded = ceil_div(count, kUnit) * kUnit;
+      const float* factors = mask ? mask + start : nullptr;
+      if (dtype == kBfloat16)
+        kernels.load_bf16(static_cast<const uint16_t*>(x) + i * k + start, factors, count, chunk);
+      else
+        kernels.load_f32(static_cast<const float*>(x) + i * k + start, factors, count, chunk);
+      if (hadamard > 1) kernels.rotate(chunk, count, hadamard, factor);
+      memset(chunk + count, 0, (padded - count) * sizeof(float));
+      kernels.quantize(chunk, padded / kUnit, codes + start / 2, scales + start / kUnit * kScaleBytes);
+    }
+  }
+};
+
+}  // namespace
+
+// The best instruction set of this processor: 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 with VBMI as well.
+HIF4_EXPORT int hif4_instruction_set() {
+  static const int best = best_set();
+  return best;
+}
+
+// Planes of x [rows, k], contiguous; `factor` is what a rotation of width `hadamard` ends with.
+HIF4_EXPORT int hif4_quantize(const void* x, int dtype, const float* mask, int hadamard, float factor, int64_t rows,
+                              int64_t k, uint8_t* codes, uint8_t* scales, int threads, void* parallel, int set) {
+  const Kernels* kernels = kernels_of(set);
+  if (!kernels) return kNoSuchSet;
+  const Quantizer quantizer = {*kernels, x, static_cast<Dtype>(dtype), mask, hadamard, factor, k};
+  const int64_t units = ceil_div(k, kUnit), step = std::max<int64_t>(1, kQuantizeElements / k);
+  const Team team = {threads, reinterpret_cast<Parallel>(parallel)};
+  run(team, ceil_div(rows, step), [&](int64_t task, int) {
+    for (int64_t i = task * step; i < std::min(rows, (task + 1) * step); i++)
+      quantizer.row(i, codes + i * units * kUnitBytes, scales + i * units * kScaleBytes);
+  });
+  return kDone;
+}
+
+// out [m, n] = input [m, units] times weight [n, units] transposed, plus bias [n] or null.
+HIF4_EXPORT int hif4_linear(const uint8_t* codes, const uint8_t* scales, const uint8_t* w_codes,
+                            const uint8_t* w_scales, const float* bias, void* out, int dtype, int64_t m, int64_t n,
+                            int64_t units, int threads, void* parallel, int set) {
+  const Kernels* kernels = kernels_of(set);
+  if (!kernels) return kNoSuchSet;
+  const Team team = {std::max(1, threads), reinterpret_cast<Parallel>(parallel)};
+  return linear(*kernels, {codes, scales}, {w_codes, w_scales, n, units}, {bias, out, static_cast<Dtype>(dtype), n}, m,
+                team);
+}

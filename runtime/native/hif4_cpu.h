@@ -1,0 +1,65 @@
+// What the kernels of one instruction set offer to the driver, and the layouts they share.
+//
+// A linear multiplies in-unit integers n in [-28, 28]: signed input bytes by weight bytes stored as n + 28, because the
+// x86 instructions multiply signed by unsigned. What the +28 adds, 28 * sum(input of the unit), is known before the
+// weights are seen, so the int32 sums start at minus that and are exact: |sum| <= 64 * 28 * 56.
+#pragma once
+
+#include <stdint.h>
+
+namespace hif4 {
+
+constexpr int kUnit = 64;       // channels that share one E6M2
+constexpr int kUnitBytes = 32;  // their codes
+constexpr int kScaleBytes = 4;  // E6M2, E1_8, E1_16 (two bytes)
+constexpr int kQuads = 16;      // runs of 4 channels: one int32 lane of a byte dot product, one micro-exponent
+constexpr int kRows = 8;        // input rows multiplied together: a group
+constexpr int kTile = 16;       // weight rows (output columns) decoded together
+constexpr int kCols = 48;       // output columns multiplied together
+constexpr int kShift = 28;      // added to the weight's integers
+
+// A packed weight: codes [n, units * 32], scales [n, units, 4].
+struct Weight {
+  const uint8_t* codes;
+  const uint8_t* scales;
+  int64_t n;
+  int64_t units;
+};
+
+// kRows input rows, expanded; rows that are not there are zeros.
+struct Group {
+  int8_t* values;    // [units][kQuads][kRows][4]
+  float* scales;     // [units][kRows], E6M2 / 4
+  int32_t* offsets;  // [units][kRows], -28 * sum of the unit's integers
+};
+
+// Which 4 channels a quad holds is between expand_row and the functions that read weights of the same set.
+struct Kernels {
+  // One row into slot `row` of a group.
+  void (*expand_row)(const uint8_t* codes, const uint8_t* scales, int64_t units, const Group& group, int row);
+  // Weight rows [column, column + kTile), units [first, first + count), into values [count][kCols / kTile][kQuads]
+  // [kTile][4] and scales [count][kCols]; the pointers are at the tile's place. Rows past n repeat the last one.
+  void (*expand_tile)(const Weight& weight, int64_t column, int64_t first, int64_t count, uint8_t* values,
+                      float* scales);
+  // acc [kRows][kCols] += the units [first, first + count) of the group times the expanded columns, unit by unit.
+  void (*multiply)(const Group& group, int rows, int64_t first, int64_t count, const uint8_t* values,
+                   const float* scales, float* acc);
+  // acc [kRows][kTile] = the whole product for one tile straight from the packed weight; null where there is none.
+  void (*few_rows)(const Group& group, int rows, const Weight& weight, int64_t column, float* acc);
+  // Whole units of fp32 to planes.
+  void (*quantize)(const float* x, int64_t units, uint8_t* codes, uint8_t* scales);
+  // out[i] = x[i], widened, times mask[i] where there is a mask.
+  void (*load_bf16)(const uint16_t* x, const float* mask, int64_t count, float* out);
+  void (*load_f32)(const float* x, const float* mask, int64_t count, float* out);
+  // The Walsh-Hadamard rotation of each run of `width`, without the final factor and with it.
+  void (*rotate)(float* x, int64_t count, int width, float factor);
+};
+
+extern const Kernels kPortable;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+extern const Kernels kAvx512Vbmi;
+#endif
+
+}  // namespace hif4

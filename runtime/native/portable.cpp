@@ -1,0 +1,54 @@
+// The kernels in plain C++, for any processor.
+#include "generic.h"
+
+namespace hif4 {
+namespace {
+
+void expand_row(const uint8_t* codes, const uint8_t* scales, int64_t units, const Group& group, int row) {
+  expand_row_generic(codes, scales, units, group, row);
+}
+
+void expand_tile(const Weight& weight, int64_t column, int64_t first, int64_t count, uint8_t* values, float* scales) {
+  expand_tile_generic(weight, column, first, count, values, scales);
+}
+
+void multiply(const Group& group, int rows, int64_t first, int64_t count, const uint8_t* values, const float* scales,
+              float* acc) {
+  for (int64_t u = 0; u < count; u++)
+    for (int tile = 0; tile < kCols / kTile; tile++) {
+      const uint8_t* w = values + (u * kCols + tile * kTile) * kUnit;
+      const float* w_scale = scales + u * kCols + tile * kTile;
+      for (int row = 0; row < rows; row++) {
+        const int64_t at = (first + u) * kRows + row;
+        int32_t dot[kTile];
+        for (int c = 0; c < kTile; c++) dot[c] = group.offsets[at];
+        for (int q = 0; q < kQuads; q++) {
+          const int8_t* a = group.values + ((first + u) * kQuads + q) * kRows * 4 + row * 4;
+          const uint8_t* b = w + q * kTile * 4;
+          for (int c = 0; c < kTile; c++)
+            dot[c] += a[0] * b[4 * c] + a[1] * b[4 * c + 1] + a[2] * b[4 * c + 2] + a[3] * b[4 * c + 3];
+        }
+        float* out = acc + row * kCols + tile * kTile;
+        // Both products are exact, so it is the addition alone that rounds.
+        for (int c = 0; c < kTile; c++) out[c] += static_cast<float>(dot[c]) * (group.scales[at] * w_scale[c]);
+      }
+    }
+}
+
+void quantize(const float* x, int64_t units, uint8_t* codes, uint8_t* scales) {
+  quantize_generic(x, units, codes, scales);
+}
+
+void load_bf16(const uint16_t* x, const float* mask, int64_t count, float* out) {
+  load_bf16_generic(x, mask, count, out);
+}
+
+void load_f32(const float* x, const float* mask, int64_t count, float* out) { load_f32_generic(x, mask, count, out); }
+
+void rotate(float* x, int64_t count, int width, float factor) { rotate_generic(x, count, width, factor); }
+
+}  // namespace
+
+const Kernels kPortable = {expand_row, expand_tile, multiply, nullptr, quantize, load_bf16, load_f32, rotate};
+
+}  // namespace hif4

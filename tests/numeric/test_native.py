@@ -1,0 +1,298 @@
+"""The native CPU kernels against the portable ones: the same bits, on every instruction set that this machine has."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from hif4c.runtime import format as portable
+from hif4c.runtime import reference
+from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.native import registry
+from hif4c.runtime.native.bindings import INSTRUCTION_SETS, Library
+from hif4c.runtime.native.build import find_compiler, find_library
+
+try:
+    find_compiler()
+except Hif4Error as error:
+    pytest.skip(f"native kernels cannot be built: {error}", allow_module_level=True)
+
+GOLDEN = Path(__file__).parents[1] / "data" / "hif4_golden.safetensors"
+SETS = range(len(INSTRUCTION_SETS))
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+COUNT = settings(max_examples=40, deadline=None)
+
+
+@pytest.fixture(scope="module")
+def library() -> Library:
+    return Library(find_library())
+
+
+@pytest.fixture(params=SETS, ids=INSTRUCTION_SETS)
+def forced(request: pytest.FixtureRequest, library: Library) -> int:
+    """Each instruction set in turn, skipped where the processor lacks it."""
+    if request.param > library.instruction_set:
+        pytest.skip(f"this processor has no {INSTRUCTION_SETS[request.param]}")
+    return request.param
+
+
+@pytest.fixture
+def enabled() -> Iterator[None]:
+    """The native kernels behind torch.ops.hif4; the earlier choice is put back."""
+    before = registry.is_enabled()
+    registry.enable()
+    yield
+    if not before:
+        registry.disable()
+
+
+def make(*shape: int, seed: int = 0, spread: float = 4.0) -> torch.Tensor:
+    """Gaussian times 2^(spread * normal) for each channel, so that the order of additions and every exponent matter."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator) * 2.0 ** (spread * torch.randn(shape[-1], generator=generator))
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Bit patterns, -0.0 told from 0.0; a NaN is a NaN whatever its payload."""
+    if found.dtype != expected.dtype or found.shape != expected.shape:
+        return False
+    if not torch.equal(found.isnan(), expected.isnan()):
+        return False
+    kind = torch.int32 if found.dtype == torch.float32 else torch.int16
+    return torch.equal(found.nan_to_num(0.0).view(kind), expected.nan_to_num(0.0).view(kind))
+
+
+def ulps(found: torch.Tensor, expected: torch.Tensor) -> int:
+    """Largest distance in units of the last place of fp32, for tensors without NaN."""
+
+    def order(x: torch.Tensor) -> torch.Tensor:
+        bits = x.view(torch.int32).long()
+        return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+    return int((order(found) - order(expected)).abs().max())
+
+
+def check_quantize(library: Library, forced: int, x: torch.Tensor, mask: torch.Tensor | None = None, width: int = 0):
+    codes, scales = library.quantize(x, mask, width, forced)
+    expected_codes, expected_scales = portable.quantize(x, mask, width)
+    assert torch.equal(scales, expected_scales)
+    assert torch.equal(codes, expected_codes)
+
+
+def check_linear(library: Library, forced: int, m: int, k: int, n: int, seed: int = 0, nan: bool = False):
+    x, w, bias = make(m, k, seed=seed), make(n, k, seed=seed + 1), make(n, seed=seed + 2)
+    if nan:
+        x[m // 2, k // 2] = torch.nan
+        w[n // 3, k - 1] = torch.inf
+    planes = (*portable.quantize(x), *portable.quantize(w))
+    exact = reference.linear(*planes)
+    assert same(library.linear(*planes, instruction_set=forced), exact)
+    for dtype in FLOATS:
+        expected = reference.linear(*planes, bias, None, dtype)
+        assert same(library.linear(*planes, bias, None, dtype, forced), expected)
+
+
+def golden_names() -> list[str]:
+    with safe_open(GOLDEN, "pt") as file:
+        return sorted(key for key in file.keys() if key.endswith(".x"))  # noqa: SIM118
+
+
+def test_every_golden_set(library: Library, forced: int):
+    with safe_open(GOLDEN, "pt") as file:
+        for name in golden_names():
+            x, y = file.get_tensor(name), file.get_tensor(name.removesuffix("x") + "y")
+            check_quantize(library, forced, x)
+            planes = library.quantize(x, instruction_set=forced)
+            assert same(portable.dequantize(*planes, x.shape[-1]), y), name
+            product = (*planes, planes[0].flatten(0, -2)[:70], planes[1].flatten(0, -3)[:70])
+            assert same(library.linear(*product, instruction_set=forced), reference.linear(*product)), name
+
+
+@COUNT
+@given(
+    st.integers(0, 40), st.integers(1, 40), st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128, 1024]), st.booleans(),
+    st.sampled_from(FLOATS), st.integers(0, 2**31), st.floats(0, 30),
+)  # fmt: skip
+def test_quantize_is_the_portable_one(library_of, rows, blocks, width, masked, dtype, seed, spread):
+    k = width * blocks if width * blocks <= 5000 else width
+    x = make(rows, k, seed=seed, spread=spread).clamp(-6e4, 6e4).to(dtype)
+    mask = make(k, seed=seed + 1, spread=1.0) if masked else None
+    for forced in range(library_of.instruction_set + 1):
+        check_quantize(library_of, forced, x, mask, width)
+
+
+@pytest.fixture(scope="module")
+def library_of() -> Library:  # hypothesis wants fixtures that live longer than an example
+    return Library(find_library())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 300), st.integers(1, 700), st.integers(1, 120), st.integers(0, 2**31), st.booleans())
+def test_linear_is_the_portable_one(library_of, m, k, n, seed, nan):
+    for forced in range(library_of.instruction_set + 1):
+        check_linear(library_of, forced, m, k, n, seed, nan and m > 0)
+
+
+@pytest.mark.parametrize("m", [*range(1, 10), 15, 16, 17, 63, 300])
+def test_every_small_number_of_rows(library: Library, forced: int, m: int):
+    check_linear(library, forced, m, 200, 50, nan=m % 2 == 1)
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(600, 64, 49), (1100, 1100, 17), (9, 13824, 33), (2, 6500, 130)])
+def test_shapes_that_take_several_blocks(library: Library, m: int, k: int, n: int):
+    check_linear(library, library.instruction_set, m, k, n)
+
+
+def test_rows_are_more_than_the_scratch_of_gelu(library: Library, monkeypatch: pytest.MonkeyPatch):
+    from hif4c.runtime.native import bindings
+
+    monkeypatch.setattr(bindings, "_BLOCK", 64 * 50)
+    planes = (*portable.quantize(make(150, 128)), *portable.quantize(make(50, 128, seed=1)))
+    for dtype in FLOATS:
+        expected = reference.linear(*planes, None, None, dtype)
+        assert same(library.linear(*planes, None, None, dtype), expected)
+
+
+def test_gelu_is_torchs_on_the_same_numbers(library: Library, forced: int):
+    for m, n in ((1, 7), (33, 50), (300, 130)):
+        planes = (*portable.quantize(make(m, 320, spread=1.0)), *portable.quantize(make(n, 320, seed=1, spread=1.0)))
+        bias = make(n, seed=2)
+        found = library.linear(*planes, bias, "gelu_tanh", torch.float32, forced)
+        # torch computes tanh with vectors and, at the end of a range, perhaps without: a few last bits of 1 + tanh.
+        expected = reference.linear(*planes, bias, "gelu_tanh", torch.float32)
+        before = reference.linear(*planes, bias)
+        assert ((found - expected).abs() <= 4 * 2.0**-24 * before.abs()).all()
+        assert ulps(found[before > 0], expected[before > 0]) <= 4
+        low = library.linear(*planes, bias, "gelu_tanh", torch.bfloat16, forced)
+        assert same(low, found.bfloat16())
+
+
+def test_special_values(library: Library, forced: int):
+    x = torch.zeros(8, 128)
+    x[0, 3] = torch.nan
+    x[1, 70] = -torch.inf
+    x[2] = -0.0
+    x[3] = -1e-45
+    x[4] = 3e38
+    x[5, ::2] = -1e-20
+    x[6, 1] = 2.0**-126
+    x[7] = torch.arange(128) - 64.0
+    for value in (x, x.bfloat16(), x.half()):
+        check_quantize(library, forced, value)
+        check_quantize(library, forced, value, torch.linspace(-1, 1, 128), 32)
+    codes, scales = library.quantize(x, None, 0, forced)
+    assert scales[0].tolist() == [[255, 0, 0, 0], [0, 0, 0, 0]]
+    assert codes[0].sum() == 0
+    assert codes[2].sum() == 0  # -0.0 is not below 0
+    assert (codes[3] == 0x88).all()  # and the sign of what rounds to 0 is kept
+
+
+def test_views_and_leading_shapes(library: Library, forced: int):
+    x = make(6, 8, 256).transpose(0, 1)[:, ::2, ::2]
+    assert not x.is_contiguous()
+    check_quantize(library, forced, x, make(256)[::2])
+    codes, scales = portable.quantize(make(6, 8, 256))
+    w_codes, w_scales = portable.quantize(make(60, 256, seed=1))
+    views = (codes.transpose(0, 1), scales.transpose(0, 1), w_codes[::3], w_scales[::3], make(40)[::2])
+    expected = reference.linear(*views, None, torch.float32)
+    assert same(library.linear(*views, None, torch.float32, forced), expected)
+    assert same(library.linear(codes[0, 0], scales[0, 0], *views[2:], None, torch.float32, forced), expected[0, 0])
+
+
+def test_threads_change_no_bit(library: Library, forced: int):
+    x, w = make(100, 640), make(150, 640, seed=1)
+    planes = (*portable.quantize(x), *portable.quantize(w))
+    expected, few = reference.linear(*planes), reference.linear(planes[0][:3], planes[1][:3], *planes[2:])
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            check_quantize(library, forced, x)
+            assert same(library.linear(*planes, instruction_set=forced), expected)
+            assert same(library.linear(planes[0][:3], planes[1][:3], *planes[2:], instruction_set=forced), few)
+            # Without torch's OpenMP the library makes threads of its own.
+            alone = Library(library.path)
+            alone._parallel = None
+            assert same(alone.linear(*planes, instruction_set=forced), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_calls_from_several_python_threads(library: Library):
+    def once(seed: int) -> None:
+        x, w = make(37 + seed, 448, seed=seed), make(70, 448, seed=seed + 1)
+        expected = (*portable.quantize(x), *portable.quantize(w))
+        product = reference.linear(*expected)
+        for _ in range(15):
+            found = (*library.quantize(x), *library.quantize(w))
+            ok.append(all(map(torch.equal, found, expected)) and same(library.linear(*found), product))
+
+    ok: list[bool] = []
+    threads = [threading.Thread(target=once, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ok) == 60
+    assert all(ok)
+
+
+def test_a_set_that_the_processor_lacks_is_refused(library: Library):
+    with pytest.raises(Hif4Error, match="has no kernels for 99"):
+        library.quantize(torch.ones(64), instruction_set=99)
+    planes = portable.quantize(torch.ones(2, 64))
+    with pytest.raises(Hif4Error, match="has no kernels for 99"):
+        library.linear(*planes, *planes, instruction_set=99)
+
+
+def test_unfit_arguments_are_refused_as_by_the_portable_ones(library: Library):
+    planes = portable.quantize(make(4, 256))
+    for arguments in ((make(3, 64).double(),), (make(3, 64), make(65)), (make(3, 64), None, 128), (torch.ones(2, 0),)):
+        with pytest.raises(Hif4Error) as found:
+            library.quantize(*arguments)
+        with pytest.raises(Hif4Error) as expected:
+            portable.quantize(*arguments)
+        assert str(found.value) == str(expected.value)
+    with pytest.raises(Hif4Error, match="bias must have shape"):
+        library.linear(*planes, *planes, torch.ones(5))
+    with pytest.raises(Hif4Error, match="float64"):
+        library.linear(*planes, *planes, None, None, torch.float64)
+
+
+@pytest.mark.usefixtures("enabled")
+def test_the_operators_are_the_native_kernels(monkeypatch: pytest.MonkeyPatch):
+    x, w, bias = make(9, 256), make(20, 256, seed=1), make(20, seed=2)
+    calls: list[str] = []
+    for name in ("quantize", "linear"):
+        original = getattr(Library, name)
+        monkeypatch.setattr(
+            Library, name, lambda *a, _name=name, _call=original, **b: (calls.append(_name), _call(*a, **b))[1]
+        )
+    registry.enable()  # again: nothing changes
+    planes = torch.ops.hif4.quantize(x, None, 16)
+    weight = torch.ops.hif4.quantize(w, None, 16)
+    y = torch.ops.hif4.linear(*planes, *weight, bias.bfloat16())
+    assert calls == ["quantize", "quantize", "linear"]
+    assert all(map(torch.equal, planes, portable.quantize(x, None, 16)))
+    assert same(y, reference.linear(*planes, *weight, bias.bfloat16(), None, torch.bfloat16))
+    registry.disable()
+    registry.disable()
+    assert same(torch.ops.hif4.linear(*planes, *weight, bias.bfloat16()), y)
+    assert len(calls) == 3
+    registry.enable()
+    torch.ops.hif4.quantize(x)
+    assert len(calls) == 4
+
+
+@pytest.mark.usefixtures("enabled")
+def test_opcheck_and_export_with_the_native_kernels():
+    x, weight, bias = make(2, 5, 200), portable.quantize(make(12, 200, seed=1)), make(12, seed=2)
+    planes = portable.quantize(x)
+    torch.library.opcheck(torch.ops.hif4.quantize.default, (x.bfloat16(), make(200), 8))
+    torch.library.opcheck(torch.ops.hif4.linear.default, (*planes, *weight, bias.bfloat16(), "gelu_tanh"))
+    torch.library.opcheck(torch.ops.hif4.linear.default, (*planes, *weight), {"dtype": torch.float16})
