@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from hif4c.runtime.executor import Executor
 from hif4c.runtime.format import quantize
 from tests.support.checkpoints import VARIANTS, small_config, write_diffusers_model
 
+# Kernels that a test run builds stay in the checkout, and so do those of the processes that it starts.
+os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".cache")
 GOLDEN = Path(__file__).parent / "passes" / "golden"
 
 
