@@ -219,7 +219,7 @@ HOSTILE = [
 @pytest.mark.parametrize("value", HOSTILE, ids=[f"{tuple(item.shape)} {item.dtype}" for item in HOSTILE])
 def test_recorded_tensors_of_other_shapes_and_dtypes(model, golden, value):
     """A forged golden file is a failed check or one sentence, never a crash and never a pass."""
-    for name in golden:
+    for name in [*(name for name in golden if not name.startswith("linear.")), "linear.blocks.1.attn1.to_out.0"]:
         with contextlib.suppress(Hif4Error):
             result = replay(model, {**golden, name: value})
             assert not result.identical or name == "flip_distance", name
