@@ -70,9 +70,7 @@ def test_compiled_experts_in_a_pipeline_of_ones_own(wan_tiny_artifact: Path) -> 
 
 def test_the_commands_are_found() -> None:
     assert len(COMMANDS) >= 6
-    assert {command.split()[1] for command in COMMANDS} == {
-        "plan", "compile", "verify", "sample", "evaluate", "inspect"
-    }  # fmt: skip
+    assert {"plan", "compile", "verify", "sample", "evaluate", "inspect"} <= {line.split()[1] for line in COMMANDS}
 
 
 @pytest.mark.parametrize("line", COMMANDS)
