@@ -13,8 +13,8 @@ from diffusers import WanPipeline
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+from hif4c.compiler.models import tiny_directory
 from hif4c.compiler.tiny.evaluation import sample_clip, score_pipeline
-from hif4c.compiler.tiny.location import model_path
 from hif4c.compiler.tiny.scorer import summarize
 from hif4c.compiler.tiny.world import all_captions
 
@@ -26,14 +26,14 @@ def pipeline() -> Iterator[WanPipeline]:
     # Products this small are slower on several threads, and many times slower on a busy machine.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pipe = WanPipeline.from_pretrained(model_path(), torch_dtype=torch.bfloat16)
+    pipe = WanPipeline.from_pretrained(tiny_directory(), dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     yield pipe
     torch.set_num_threads(threads)
 
 
 def test_shipped_files_are_small_and_bf16() -> None:
-    files = [file for file in model_path().rglob("*") if file.is_file()]
+    files = [file for file in tiny_directory().rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 15_000_000
     weights = [file for file in files if file.suffix == ".safetensors"]
     assert {file.parent.name for file in weights} == {"text_encoder", "vae", *EXPERTS}
@@ -44,7 +44,7 @@ def test_shipped_files_are_small_and_bf16() -> None:
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_expert_configuration(name: str) -> None:
-    config = json.loads((model_path() / name / "config.json").read_text())
+    config = json.loads((tiny_directory() / name / "config.json").read_text())
     expected = {
         "patch_size": [1, 2, 2],
         "num_attention_heads": 4,
@@ -81,7 +81,7 @@ def test_experts_hand_over_at_the_boundary(pipeline: WanPipeline) -> None:
 
 
 def test_tokenizer_knows_every_caption() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_path() / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_directory() / "tokenizer")
     captions = all_captions()
     tokens = tokenizer(captions).input_ids
     assert all(tokenizer.unk_token_id not in row for row in tokens)
@@ -122,7 +122,7 @@ def test_padded_text_length_does_not_matter(pipeline: WanPipeline, length: int) 
     assert clip.min(axis=(1, 2))[:, 0].max() < 0.5
 
 
-def test_model_path_is_a_pipeline_directory() -> None:
-    assert isinstance(model_path(), Path)
-    index = json.loads((model_path() / "model_index.json").read_text())
+def test_tiny_directory_is_a_pipeline_directory() -> None:
+    assert isinstance(tiny_directory(), Path)
+    index = json.loads((tiny_directory() / "model_index.json").read_text())
     assert index["_class_name"] == "WanPipeline"
