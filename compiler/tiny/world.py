@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import astuple, dataclass
 from typing import TypeAlias
 
@@ -90,7 +91,8 @@ class Attributes:
     direction: str
 
     def __post_init__(self) -> None:
-        for value, allowed in zip(astuple(self), (SHAPES, COLOURS, BACKGROUNDS, DIRECTIONS), strict=True):
+        names: tuple[Collection[str], ...] = (SHAPES, COLOURS, BACKGROUNDS, DIRECTIONS)
+        for value, allowed in zip(astuple(self), names, strict=True):
             if value not in allowed:
                 raise ValueError(f"{value!r} is not one of {', '.join(allowed)}")
 
