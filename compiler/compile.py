@@ -120,6 +120,10 @@ def compile_model(model: str, output: str | os.PathLike[str], options: CompileOp
     plans = {name: make_plan(location.configs[name], recipe, DTYPE) for name, recipe in options.recipes.items()}
     with _opened(location, list(options.recipes)) as checkpoints, _staging(target) as staging:
         events("total", sum(checkpoint.total_bytes for checkpoint in checkpoints.values()))
+        # First: what is missing there should be said before the long part.
+        if options.components != "none" and location.layout == "diffusers":
+            events("step", "copying the rest of the pipeline")
+            copy_components(location.root, staging / "pipeline", link=options.components == "link")
         experts: dict[str, Any] = {}
         files: dict[str, tuple[int, str]] = {}
         programs: dict[tuple[WanConfig, Recipe], Program] = {}
@@ -134,9 +138,6 @@ def compile_model(model: str, output: str | os.PathLike[str], options: CompileOp
             written, fingerprint = _write_expert(program, checkpoints[name], staging / name, events)
             files |= {f"{name}/{file}": entry for file, entry in written.items()}
             experts[name] = _expert_entry(config, recipe, plans[name], program, fingerprint)
-        if options.components != "none" and location.layout == "diffusers":
-            events("step", "copying the rest of the pipeline")
-            copy_components(location.root, staging / "pipeline", link=options.components == "link")
         _write_manifest(staging, location, experts, files)
         if options.golden:
             events("step", "recording golden outputs")
