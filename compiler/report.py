@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hif4c.runtime.artifact import Artifact, canonical_json
+from hif4c.runtime.artifact import Artifact, ExpertInfo, canonical_json
+from hif4c.runtime.graph import Graph
 from hif4c.runtime.safetensors_stream import TensorFile
 
 __all__ = ["ExpertSummary", "render_report", "summarize", "write_report"]
@@ -63,7 +64,7 @@ def summarize(artifact: Artifact) -> list[ExpertSummary]:
 def _summarize_expert(artifact: Artifact, name: str) -> ExpertSummary:
     info = artifact.expert(name)
     graph = artifact.graph(name)
-    constants = _not_parameters(artifact, name)
+    constants = _not_parameters(info, graph)
     planes = others = parameters = 0
     for relative in artifact.files:
         if relative.startswith(f"{name}/") and relative.endswith(".safetensors"):
@@ -89,13 +90,11 @@ def _summarize_expert(artifact: Artifact, name: str) -> ExpertSummary:
     )  # fmt: skip
 
 
-def _not_parameters(artifact: Artifact, name: str) -> set[str]:
+def _not_parameters(info: ExpertInfo, graph: Graph) -> set[str]:
     """Stored tensors that the original model computes instead of storing: tables, masks and folded constants."""
-    linears = {linear["path"] for linear in artifact.expert(name).linears}
-    masks = {linear["mask"] for linear in artifact.expert(name).linears if linear["mask"]}
-    names = {item.name for item in artifact.graph(name).tensors}
-    parameters = (".weight", ".bias", "scale_shift_table", ".codes", ".scales", ".pos_embed")
-    return {item for item in names if item in masks or not item.endswith(parameters)} - linears
+    masks = {linear["mask"] for linear in info.linears}
+    parameters = (".weight", ".bias", "scale_shift_table")
+    return {item.name for item in graph.tensors if item.name in masks or not item.name.endswith(parameters)}
 
 
 def render_report(artifact: Artifact) -> list[Table]:

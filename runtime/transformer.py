@@ -181,8 +181,9 @@ def load(
         Hif4Error: the artifact is damaged, incomplete, newer than this hif4c, or lacks the expert; or native kernels
             were asked for and cannot be had.
     """
+    artifact = open_artifact(path)
     select(kernels)
-    return load_expert(open_artifact(path), expert, verify=verify)
+    return load_expert(artifact, expert, verify=verify)
 
 
 def load_expert(artifact: Artifact, expert: str, *, verify: bool = True) -> CompiledTransformer:

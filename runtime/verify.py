@@ -43,8 +43,8 @@ def verify_artifact(
         Hif4Error: the artifact is damaged or incomplete. A golden output that differs is not an error but a check
             that did not pass.
     """
-    select(kernels)
     artifact = open_artifact(path)
+    select(kernels)
     artifact.verify(progress=progress)
     checks = []
     for name in artifact.experts:

@@ -66,6 +66,7 @@ def edit_json(path, change):
 def test_undamaged_models_compile(sharded, quick_compile, tmp_path):
     """So that each refusal below is of what that test changed."""
     quick_compile(sharded, tmp_path / "out")
+    assert (tmp_path / "out" / "manifest.json").is_file()
 
 
 def test_a_missing_shard(sharded, refusal):
@@ -259,6 +260,7 @@ def test_a_glob_of_the_recipe_that_matches_nothing(model, tmp_path):
 def test_parents_that_were_made_are_removed_again(model, refusal, tmp_path):
     edit(model / SINGLE, lambda tensors: tensors["proj_out.bias"][:1].fill_(torch.nan))
     refusal(model, output=tmp_path / "results" / "a" / "b" / "out", recipe={"transformer": "rtn"})
+    assert not (tmp_path / "results" / "a").exists()
 
 
 def test_a_full_disk(model, refusal, monkeypatch):
