@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from hif4c.runtime.safetensors_stream import TensorFile
 
 __all__ = [
     "FORMAT_VERSION",
+    "VARIANTS",
     "Artifact",
     "ExpertInfo",
     "canonical_json",
@@ -33,6 +35,10 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_GRAPH_BYTES = 256 << 20
+MAX_TIMESTEP = 1000.0
+VARIANTS = ("bf16",)
+"""Programs that an expert may have beside its main one, over the same weights: "bf16" has activations in bf16."""
+
 _CHUNK = 8 << 20
 # A stored dtype that is narrower than the graph's but converts to it exactly.
 _EXACT = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float64)}
@@ -42,7 +48,11 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class ExpertInfo:
-    """What the manifest says of one expert: config of the model class, dtype, recipe, and its linears with reasons."""
+    """What the manifest says of one expert: config of the model class, dtype, recipe, and its linears with reasons.
+
+    `bf16_timesteps` are the ranges (low, high) of timesteps, both ends included, in which the program `graph.bf16.json`
+    runs instead of `graph.json`: sorted, disjoint, in 0 to 1000; empty for an expert of one program.
+    """
 
     name: str
     config: dict[str, Any]
@@ -50,6 +60,7 @@ class ExpertInfo:
     recipe: dict[str, Any]
     fingerprint: str
     linears: list[dict[str, Any]]
+    bf16_timesteps: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,10 +119,22 @@ class Artifact:
             ):
                 raise Hif4Error(f"{path}: is not listed in the manifest; remove it or copy the artifact again.")
 
-    def graph(self, expert: str) -> Graph:
-        """Read an expert's program."""
+    def variants(self, expert: str) -> list[str]:
+        """Names of the programs that an expert has beside its main one."""
         self.expert(expert)
-        path = self.path(f"{expert}/graph.json")
+        return [name for name in VARIANTS if _graph_name(expert, name) in self.files]
+
+    def graph(self, expert: str, variant: str | None = None) -> Graph:
+        """Read an expert's program: the main one, or one of `variants`.
+
+        Raises:
+            Hif4Error: there is no such program, or it is damaged.
+        """
+        self.expert(expert)
+        if variant is not None and variant not in self.variants(expert):
+            there = ", ".join(self.variants(expert)) or "none"
+            raise Hif4Error(f"{self.root / expert}: has no variant {variant!r} of its program; it has {there}.")
+        path = self.path(_graph_name(expert, variant))
         if path.stat().st_size > MAX_GRAPH_BYTES:
             raise Hif4Error(f"{path}: is larger than {MAX_GRAPH_BYTES} bytes, which no program is.")
         return decode(path.read_bytes(), str(path))
@@ -130,6 +153,10 @@ class Artifact:
             odd = sorted(names ^ places.keys())
             raise Hif4Error(f"{self.root / expert}: program and weights disagree about {', '.join(odd[:3])}.")
         return {item.name: _read(places[item.name], item) for item in wanted}
+
+
+def _graph_name(expert: str, variant: str | None) -> str:
+    return f"{expert}/graph.json" if variant is None else f"{expert}/graph.{variant}.json"
 
 
 def _read(file: TensorFile, item: InputType) -> torch.Tensor:
@@ -174,6 +201,12 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         raise Hif4Error(f"{manifest_path}: does not have the structure of a manifest ({reason}).") from None
     if not experts:
         raise Hif4Error(f"{manifest_path}: lists no expert.")
+    for name, info in experts.items():
+        if info.bf16_timesteps and (graph := _graph_name(name, "bf16")) not in files:
+            raise Hif4Error(
+                f"{manifest_path}: {name} has timesteps with bf16 activations, but no {graph} is listed; "
+                "the artifact is incomplete, compile it again."
+            )
     for relative, (size, _) in files.items():
         _check_file(root, relative, size)
     return Artifact(root, manifest, experts, files)
@@ -236,7 +269,33 @@ def _expert(name: str, entry: Mapping[str, Any]) -> ExpertInfo:
         dict(entry["recipe"]),
         str(entry["fingerprint"]),
         [dict(item) for item in entry["linears"]],
+        _timestep_ranges(entry.get("bf16_timesteps", [])),
     )
+
+
+def _timestep_ranges(value: Any) -> tuple[tuple[float, float], ...]:
+    """Ranges [low, high], sorted and disjoint, inside [0, 1000]."""
+    if not isinstance(value, list):
+        raise TypeError("bf16_timesteps is not a list of ranges")
+    ranges: list[tuple[float, float]] = []
+    last = -math.inf
+    for item in value:
+        if not isinstance(item, list) or len(item) != 2 or any(type(end) not in (int, float) for end in item):
+            raise TypeError(f"in bf16_timesteps, {_shown(item)} is not a pair of numbers")
+        low, high = item
+        if not 0 <= low <= high <= MAX_TIMESTEP:
+            raise ValueError(f"in bf16_timesteps, {_shown(item)} is not a range in 0 to {MAX_TIMESTEP:g}")
+        if not low > last:
+            raise ValueError(f"in bf16_timesteps, {_shown(item)} does not lie above the range before it")
+        ranges.append((float(low), float(high)))
+        last = high
+    return tuple(ranges)
+
+
+def _shown(value: Any) -> str:
+    """What stands in the manifest, cut where a sentence would become a page."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def _confined(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +45,23 @@ class CompiledTransformer(nn.Module):
 
     Weights are views of the memory-mapped file until the module is moved to another device. Their dtypes are part of
     the program: `.to(device)` moves, `.to(dtype)` is refused.
+
+    An expert may have a second program over the same weights, with activations in bf16. A call runs it when the largest
+    of its timesteps lies in one of the ranges of `bf16_timesteps`. The largest: with one timestep a token, tokens of
+    a given first frame have timestep 0 at every step; a batch of samples at different steps runs one program for all.
+
+    Args:
+        graph: the program.
+        tensors: name -> tensor, one for each of `graph.tensors`.
+        config: of the model class.
+        dtype: of inputs and sample.
+        expand_timesteps: whether `timestep` is [B, tokens] instead of [B].
+        bf16_graph: the second program.
+        bf16_timesteps: ranges (low, high) of timesteps in 0 to 1000, both ends included, in which it runs.
+
+    Raises:
+        Hif4Error: the second program reads a tensor that the first does not, or of another dtype or shape.
+        ValueError: ranges without a second program.
     """
 
     def __init__(
@@ -54,9 +71,17 @@ class CompiledTransformer(nn.Module):
         config: Mapping[str, Any],
         dtype: torch.dtype,
         expand_timesteps: bool,
+        bf16_graph: Graph | None = None,
+        bf16_timesteps: Sequence[tuple[float, float]] = (),
     ) -> None:
         super().__init__()
+        if bf16_timesteps and bf16_graph is None:
+            raise ValueError("there are timesteps with bf16 activations, but no program for them")
+        if bf16_graph is not None:
+            _check_shared_tensors(graph, bf16_graph)
         self.graph = graph
+        self.bf16_graph = bf16_graph
+        self.bf16_timesteps = tuple(bf16_timesteps)
         self.config = TransformerConfig(config)
         self.expand_timesteps = expand_timesteps
         self._dtype = dtype
@@ -64,7 +89,7 @@ class CompiledTransformer(nn.Module):
         self._buffer_names = {item.name: "weights/" + item.name.replace(".", "/") for item in graph.tensors}
         for name, buffer_name in self._buffer_names.items():
             self.register_buffer(buffer_name, tensors[name], persistent=False)
-        self._executor: Executor | None = None
+        self._executors: dict[bool, Executor] = {}
         self.eval()
 
     @property
@@ -79,12 +104,48 @@ class CompiledTransformer(nn.Module):
 
     @property
     def executor(self) -> Executor:
-        """The program bound to the weights where they are now."""
-        if self._executor is None:
-            buffers = dict(self.named_buffers())
-            tensors = {name: buffers[buffer_name] for name, buffer_name in self._buffer_names.items()}
-            self._executor = Executor(self.graph, tensors, self.device)
-        return self._executor
+        """The main program bound to the weights where they are now."""
+        return self._bind(False)
+
+    def _bind(self, bf16: bool) -> Executor:
+        """An executor of one of the two programs, made when it is first needed."""
+        if bf16 not in self._executors:
+            graph = self.bf16_graph if bf16 else self.graph
+            assert graph is not None
+            tensors = self._tensors()
+            self._executors[bf16] = Executor(graph, tensors, self.device)
+        return self._executors[bf16]
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        buffers = dict(self.named_buffers())
+        return {name: buffers[buffer_name] for name, buffer_name in self._buffer_names.items()}
+
+    def variant(self, name: str | None) -> CompiledTransformer:
+        """A transformer that runs one program at every timestep, on the tensors that this one has now.
+
+        Args:
+            name: "bf16" for the program with activations in bf16, None for the main one.
+
+        Raises:
+            Hif4Error: the expert has no such program.
+        """
+        if name is None:
+            graph = self.graph
+        elif name == "bf16" and self.bf16_graph is not None:
+            graph = self.bf16_graph
+        else:
+            raise Hif4Error(f"the transformer has no variant {name!r}; it has {'bf16' if self.bf16_graph else 'none'}.")
+        return CompiledTransformer(graph, self._tensors(), self.config, self.dtype, self.expand_timesteps)
+
+    def uses_bf16(self, timestep: torch.Tensor) -> bool:
+        """Whether a call at these timesteps, of any shape, runs the program with activations in bf16.
+
+        Where there are ranges and the timesteps are on a GPU, this waits for it: one number is read back.
+        """
+        if not self.bf16_timesteps or timestep.numel() == 0:
+            return False
+        largest = timestep.max().item()
+        return any(low <= largest <= high for low, high in self.bf16_timesteps)
 
     def forward(
         self,
@@ -115,7 +176,7 @@ class CompiledTransformer(nn.Module):
         if attention_kwargs:
             raise Hif4Error(f"attention_kwargs {sorted(attention_kwargs)}: a compiled transformer takes none.")
         self._check(hidden_states, timestep, encoder_hidden_states)
-        (sample,) = self.executor(
+        (sample,) = self._bind(self.uses_bf16(timestep))(
             hidden_states.to(self.dtype), timestep.to(torch.float32), encoder_hidden_states.to(self.dtype)
         )
         return TransformerOutput(sample) if return_dict else (sample,)
@@ -160,7 +221,7 @@ class CompiledTransformer(nn.Module):
             # Weights keep their dtypes (norms in float32, planes in uint8) whatever the conversion asked for.
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self._executor = None
+        self._executors.clear()
         return super()._apply(move, recurse)
 
 
@@ -191,10 +252,38 @@ def load_expert(artifact: Artifact, expert: str, *, verify: bool = True) -> Comp
     info = artifact.expert(expert)
     if verify:
         artifact.verify(f"{expert}/")
-    graph = artifact.graph(expert)
-    if [item.name for item in graph.inputs] != INPUTS or len(graph.outputs) != 1:
-        raise Hif4Error(f"{artifact.root / expert}: the program does not have the inputs and output of a transformer.")
     if missing := [key for key in CONFIG_KEYS if key not in info.config]:
         raise Hif4Error(f"{artifact.root / expert}: the manifest's config lacks {', '.join(missing)}.")
+    graph = _read_program(artifact, expert, None)
+    bf16_graph = _read_program(artifact, expert, "bf16") if "bf16" in artifact.variants(expert) else None
     tensors = artifact.tensors(expert, graph.tensors)
-    return CompiledTransformer(graph, tensors, info.config, info.dtype, artifact.expand_timesteps)
+    try:
+        return CompiledTransformer(
+            graph, tensors, info.config, info.dtype, artifact.expand_timesteps, bf16_graph, info.bf16_timesteps
+        )
+    except Hif4Error as error:
+        raise Hif4Error(f"{artifact.root / expert}: {error}") from None
+
+
+def _read_program(artifact: Artifact, expert: str, variant: str | None) -> Graph:
+    graph = artifact.graph(expert, variant)
+    if [item.name for item in graph.inputs] != INPUTS or len(graph.outputs) != 1:
+        which = "" if variant is None else f" for {variant} steps"
+        raise Hif4Error(
+            f"{artifact.root / expert}: the program{which} does not have the inputs and output of a transformer."
+        )
+    return graph
+
+
+def _check_shared_tensors(graph: Graph, other: Graph) -> None:
+    known = {item.name: item.type for item in graph.tensors}
+    for item in other.tensors:
+        if item.name not in known:
+            raise Hif4Error(
+                f"the program for bf16 steps reads {item.name}, which the main program does not; compile it again."
+            )
+        if item.type != known[item.name]:
+            raise Hif4Error(
+                f"the program for bf16 steps reads {item.name} as {item.type}, the main program as "
+                f"{known[item.name]}; compile it again."
+            )

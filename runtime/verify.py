@@ -5,34 +5,43 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from hif4c.runtime.artifact import Progress, open_artifact
+from hif4c.runtime.artifact import Artifact, Progress, open_artifact
 from hif4c.runtime.golden import Replay, replay
 from hif4c.runtime.native import select
 from hif4c.runtime.safetensors_stream import TensorFile
-from hif4c.runtime.transformer import load_expert
+from hif4c.runtime.transformer import CompiledTransformer, load_expert
 
 __all__ = ["ExpertCheck", "verify_artifact"]
 
 
 @dataclass(frozen=True)
 class ExpertCheck:
-    """What was found for one expert; `replay` is None for an artifact without golden outputs."""
+    """What was found for one program of an expert.
+
+    Attributes:
+        expert: its name.
+        nodes: nodes of the program.
+        tensors: stored tensors that the program reads.
+        replay: None for a program without golden outputs.
+        variant: None for the main program, "bf16" for the one with activations in bf16.
+    """
 
     expert: str
     nodes: int
     tensors: int
     replay: Replay | None
+    variant: str | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether the expert loads and computes what it did when it was compiled."""
+        """Whether the program loads and computes what it did when it was compiled."""
         return self.replay is None or self.replay.passed
 
 
 def verify_artifact(
     path: str | os.PathLike[str], *, progress: Progress | None = None, kernels: str = "auto"
 ) -> list[ExpertCheck]:
-    """Verify an artifact and replay its golden outputs.
+    """Verify an artifact and replay its golden outputs: one check a program, those of an expert together.
 
     Args:
         path: the artifact's directory.
@@ -49,10 +58,18 @@ def verify_artifact(
     checks = []
     for name in artifact.experts:
         model = load_expert(artifact, name, verify=False)
-        golden_name = f"golden/{name}.safetensors"
-        outcome = None
-        if golden_name in artifact.files:
-            golden = TensorFile(artifact.path(golden_name))
-            outcome = replay(model, {item: golden.read(item) for item in golden.names})
-        checks.append(ExpertCheck(name, len(model.graph.nodes), len(model.graph.tensors), outcome))
+        for variant in (None, *artifact.variants(name)):
+            # Alone: the golden timestep may lie in a range of the other program.
+            program = model.variant(variant)
+            outcome = _replay(artifact, name if variant is None else f"{name}.{variant}", program)
+            graph = program.graph
+            checks.append(ExpertCheck(name, len(graph.nodes), len(graph.tensors), outcome, variant))
     return checks
+
+
+def _replay(artifact: Artifact, name: str, program: CompiledTransformer) -> Replay | None:
+    relative = f"golden/{name}.safetensors"
+    if relative not in artifact.files:
+        return None
+    golden = TensorFile(artifact.path(relative))
+    return replay(program, {item: golden.read(item) for item in golden.names})

@@ -30,8 +30,11 @@ def inspect(
         str | None, typer.Option(help="The graph after this pass (traced again from the config); `list` names them.")
     ] = None,
     graph: Annotated[bool, typer.Option("--graph", help="Print the whole graph.")] = False,
+    variant: Annotated[
+        str | None, typer.Option(help="bf16: the program of the timesteps that keep activations in bf16.")
+    ] = None,
 ) -> None:
-    """Summarize precisions and bytes; with --block, --stage or --graph, print the program a line a node."""
+    """Summarize precisions and bytes; with --block, --stage, --graph or --variant, print the program a line a node."""
     from hif4c.compiler.report import render_report
     from hif4c.runtime.artifact import open_artifact
     from hif4c.runtime.errors import Hif4Error
@@ -44,18 +47,29 @@ def inspect(
         return
     opened = open_artifact(artifact)
     expert = opened.expert(expert or next(iter(opened.experts))).name
-    if block is None and stage is None and not graph:
+    if stage is not None and variant is not None:
+        raise Hif4Error(f"--variant {variant}: is a program as it was compiled; leave out --stage {stage}.")
+    if block is None and stage is None and variant is None and not graph:
         for table in render_report(opened):
             console.print(table)
         counts = count_targets(opened.graph(expert))
         lines = [f"{count:6d}  {target}" for target, count in counts.most_common()]
         console.print(f"operators of {expert}:\n" + "\n".join(lines), highlight=False)
+        for name in opened.experts:
+            if opened.variants(name):
+                console.print(_steps(name, opened.expert(name).bf16_timesteps), highlight=False)
         return
-    program = opened.graph(expert) if stage is None else _at_stage(opened, expert, stage)
+    program = opened.graph(expert, variant) if stage is None else _at_stage(opened, expert, stage)
     lines = list(program_lines(program, None if block is None else f"blocks.{block}"))
     if not lines:
         raise Hif4Error(f"{expert} has no block {block}.")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _steps(expert: str, ranges: tuple[tuple[float, float], ...]) -> str:
+    """When an expert's second program runs."""
+    when = ", ".join(f"{low:g} to {high:g}" for low, high in ranges)
+    return f"bf16 activations of {expert}: {f'at timesteps {when}' if ranges else 'at no timestep'} (--variant bf16)"
 
 
 def _at_stage(artifact: Artifact, expert: str, stage: str) -> Graph:

@@ -40,7 +40,8 @@ def verify(
             if found.distance:
                 whole += f" (last-bit changes: {found.flip_distance:.1e})"
         verdict = "[green]ok[/]" if check.passed else "[red]differs[/]"
-        table.add_row(check.expert, str(check.nodes), codes, linear, whole, verdict)
+        name = check.expert if check.variant is None else f"{check.expert}, {check.variant} steps"
+        table.add_row(name, str(check.nodes), codes, linear, whole, verdict)
     console.print(table)
     if not all(check.passed for check in checks):
         raise typer.Exit(1)
