@@ -6,7 +6,9 @@
     hif4::linear_w4(Tensor x, Tensor w_codes, Tensor w_scales, Tensor? bias=None, Tensor? mask=None, ...) -> Tensor
 
 Shapes, dtypes and errors are those of the functions in `hif4c.runtime.format` and `hif4c.runtime.reference`. An output
-dtype of None means the bias's dtype, or float32 without a bias, for `linear`; the dtype of x for `linear_w4`.
+dtype of None means the bias's dtype, or float32 without a bias, for `linear`; the dtype of x for `linear_w4`. The last
+two arguments of both linears, `side` [..., S] and `side_weight` [S, N], are a branch in high precision beside the 4-bit
+product.
 
 The portable implementation sits under CompositeExplicitAutograd, so a kernel that a backend registers for "CPU" or
 "CUDA" takes precedence. Registration is plain `torch.library.define`/`impl`, without the wrapper of `custom_op`, whose
@@ -30,11 +32,11 @@ _SCHEMAS = {
     "dequantize": "(Tensor codes, Tensor scales, SymInt k, ScalarType dtype=bfloat16) -> Tensor",
     "linear": (
         "(Tensor codes, Tensor scales, Tensor w_codes, Tensor w_scales, Tensor? bias=None, "
-        "str? activation=None, ScalarType? dtype=None) -> Tensor"
+        "str? activation=None, ScalarType? dtype=None, Tensor? side=None, Tensor? side_weight=None) -> Tensor"
     ),
     "linear_w4": (
         "(Tensor x, Tensor w_codes, Tensor w_scales, Tensor? bias=None, Tensor? mask=None, int hadamard=0, "
-        "str? activation=None, ScalarType? dtype=None) -> Tensor"
+        "str? activation=None, ScalarType? dtype=None, Tensor? side=None, Tensor? side_weight=None) -> Tensor"
     ),
 }
 
@@ -54,8 +56,11 @@ def _linear(
     bias: torch.Tensor | None = None,
     activation: str | None = None,
     dtype: torch.dtype | None = None,
+    side: torch.Tensor | None = None,
+    side_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return reference.linear(codes, scales, w_codes, w_scales, bias, activation, output_dtype(bias, dtype))
+    dtype = output_dtype(bias, dtype)
+    return reference.linear(codes, scales, w_codes, w_scales, bias, activation, dtype, side, side_weight)
 
 
 def _linear_w4(
@@ -67,8 +72,11 @@ def _linear_w4(
     hadamard: int = 0,
     activation: str | None = None,
     dtype: torch.dtype | None = None,
+    side: torch.Tensor | None = None,
+    side_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return reference.linear_w4(x, w_codes, w_scales, bias, mask, hadamard, activation, dtype or x.dtype)
+    dtype = dtype or x.dtype
+    return reference.linear_w4(x, w_codes, w_scales, bias, mask, hadamard, activation, dtype, side, side_weight)
 
 
 def _quantize_fake(
@@ -94,9 +102,11 @@ def _linear_fake(
     bias: torch.Tensor | None = None,
     activation: str | None = None,
     dtype: torch.dtype | None = None,
+    side: torch.Tensor | None = None,
+    side_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     dtype = output_dtype(bias, dtype)
-    reference.check_linear(codes, scales, w_codes, w_scales, bias, activation, dtype)
+    reference.check_linear(codes, scales, w_codes, w_scales, bias, activation, dtype, side, side_weight)
     return codes.new_empty((*codes.shape[:-1], w_codes.shape[0]), dtype=dtype)
 
 
@@ -109,9 +119,11 @@ def _linear_w4_fake(
     hadamard: int = 0,
     activation: str | None = None,
     dtype: torch.dtype | None = None,
+    side: torch.Tensor | None = None,
+    side_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     dtype = dtype or x.dtype
-    reference.check_linear_w4(x, w_codes, w_scales, bias, mask, hadamard, activation, dtype)
+    reference.check_linear_w4(x, w_codes, w_scales, bias, mask, hadamard, activation, dtype, side, side_weight)
     return x.new_empty((*x.shape[:-1], w_codes.shape[0]), dtype=dtype)
 
 

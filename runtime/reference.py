@@ -1,6 +1,6 @@
 """The portable linears in plain torch: the result that every other backend is checked against.
 
-Symbols: M rows, K channels, N outputs, U units of 64 channels (see `hif4c.runtime.format`).
+Symbols: M rows, K channels, N outputs, U units of 64 channels (see `hif4c.runtime.format`), S columns of a side branch.
 """
 
 from typing import Any
@@ -16,6 +16,7 @@ __all__ = ["ACTIVATIONS", "check_linear", "check_linear_w4", "linear", "linear_w
 ACTIVATIONS = ("gelu_tanh",)
 
 _OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_SIDE_DTYPES = (torch.bfloat16, torch.float16)
 # Bounds on the blocks, in elements. Whatever the shape (a single row of K excepted): decoded activations 16 MB, decoded
 # weight rows 8 MB, accumulator and unit products 4 MB each, and what decoding needs. 60 MB were seen in all.
 _BLOCK_A = 1 << 22
@@ -31,6 +32,8 @@ def check_linear(
     bias: torch.Tensor | None,
     activation: str | None,
     dtype: torch.dtype,
+    side: torch.Tensor | None = None,
+    side_weight: torch.Tensor | None = None,
 ) -> None:
     """Raise Hif4Error unless the arguments of `linear` fit each other; looks at shapes and dtypes only."""
     check_planes(codes, scales, what="linear input")
@@ -40,6 +43,7 @@ def check_linear(
             f"linear: the input has {codes.shape[-1] // (UNIT // 2)} units of {UNIT} channels, "
             f"the weight {w_codes.shape[-1] // (UNIT // 2)}."
         )
+    _check_side(codes, w_codes.shape[0], side, side_weight)
 
 
 def check_linear_w4(
@@ -51,11 +55,14 @@ def check_linear_w4(
     hadamard: int,
     activation: str | None,
     dtype: torch.dtype,
+    side: torch.Tensor | None = None,
+    side_weight: torch.Tensor | None = None,
 ) -> None:
     """Raise Hif4Error unless the arguments of `linear_w4` fit each other; looks at shapes and dtypes only."""
     check_input(x, mask, hadamard)
     _check_weight(w_codes, w_scales, bias, activation, dtype)
     check_planes(w_codes, w_scales, x.shape[-1], what="linear_w4 weight")
+    _check_side(x, w_codes.shape[0], side, side_weight)
 
 
 def _check_weight(
@@ -72,6 +79,26 @@ def _check_weight(
         raise Hif4Error(f"linear: the output must be bfloat16, float16 or float32, not {dtype}.")
 
 
+def _check_side(data: torch.Tensor, n: Any, side: torch.Tensor | None, side_weight: torch.Tensor | None) -> None:
+    """`data` is the linear's input, codes or values: its leading shape is that of the side branch."""
+    if side is None and side_weight is None:
+        return
+    if side is None or side_weight is None:
+        raise Hif4Error("linear: side and side_weight belong together; give both or neither.")
+    if side.dtype not in _SIDE_DTYPES or side.dtype != side_weight.dtype:
+        raise Hif4Error(
+            "linear: side and side_weight must be both bfloat16 or both float16, "
+            f"not {side.dtype} and {side_weight.dtype}."
+        )
+    if side_weight.dim() != 2 or side_weight.shape[0] == 0 or side_weight.shape[1] != n:
+        raise Hif4Error(
+            f"linear: side_weight must have shape [S, {n}] with S of at least 1, not {list(side_weight.shape)}."
+        )
+    expected = (*data.shape[:-1], side_weight.shape[0])
+    if side.dim() != len(expected) or any(a != b for a, b in zip(side.shape, expected, strict=True)):
+        raise Hif4Error(f"linear: side must have shape {list(expected)}, not {list(side.shape)}.")
+
+
 @torch.no_grad()
 def linear(
     codes: torch.Tensor,
@@ -81,27 +108,34 @@ def linear(
     bias: torch.Tensor | None = None,
     activation: str | None = None,
     dtype: torch.dtype = torch.float32,
+    side: torch.Tensor | None = None,
+    side_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Product of two HiF4 tensors: `activation(sum over units of exact dot products + bias)`, cast once.
+    """Product of two HiF4 tensors: `activation(sum over units of exact dot products + side branch + bias)`, cast once.
 
     codes [..., Kp/2] and scales [..., U, 4] of the input, w_codes [N, Kp/2] and w_scales [N, U, 4] of the weight, all
-    uint8; bias [N] floating point or None; activation None or "gelu_tanh"; dtype bf16, fp16 or fp32. Returns [..., N].
+    uint8; bias [N] floating point or None; activation None or "gelu_tanh"; dtype bf16, fp16 or fp32. `side` [..., S]
+    and `side_weight` [S, N], both bf16 or both fp16, or None: what is computed beside the 4-bit product, a low-rank
+    branch or channels kept out of it. Returns [..., N].
 
     The contract: in each unit the int32 dot product of the in-unit integers, times Ea*Eb/16; both exact in fp32. From
-    an accumulator of 0, fp32 additions of the units in order; then the bias, the activation, and one cast.
+    an accumulator of 0, fp32 additions of the units in order, then of side[..., j] * side_weight[j] for j = 0 .. S-1
+    (each product has 22 bits at most, exact in fp32; one beyond its range is rounded before it is added); then the
+    bias, the activation, and one cast.
     Here a unit's dot product is an fp32 matmul of decoded values. Every term is an integer of at most 28*28 times
     Ea*Eb/16, so every partial sum is an integer of at most 64*784 < 2^24 (times a 6-bit significand shared by all, 22
     bits together): exact in whatever order and with whatever thread count the matmul adds. The result is therefore the
     same for every blocking, batch and thread count. A NaN unit makes its row or column NaN.
 
     Weights are decoded a few rows at a time; temporaries stay under about 64 MB, the output aside.
-    Raises Hif4Error for planes, bias, activation or dtype that do not fit.
+    Raises Hif4Error for planes, bias, activation, dtype or side branch that do not fit.
     """
-    check_linear(codes, scales, w_codes, w_scales, bias, activation, dtype)
+    check_linear(codes, scales, w_codes, w_scales, bias, activation, dtype, side, side_weight)
     n, kp = w_codes.shape[0], w_codes.shape[1] * 2
     units = kp // UNIT
     flat_codes, flat_scales = codes.reshape(-1, kp // 2), scales.reshape(-1, units, 4)
     m = flat_codes.shape[0]
+    flat_side = None if side is None else side.reshape(-1, side.shape[-1])
     out = torch.empty((m, n), dtype=dtype, device=codes.device)
     step_m = max(1, _BLOCK_A // max(1, kp))
     step_n = max(1, min(_BLOCK_W // max(1, kp), _BLOCK_OUT // min(step_m, max(1, m))))
@@ -113,6 +147,8 @@ def linear(
                 cols = slice(j, j + step_n)
                 w = dequantize(w_codes[cols], w_scales[cols], kp, torch.float32)
                 acc = _accumulate(a.view(-1, units, UNIT), w.view(-1, units, UNIT))
+                if flat_side is not None and side_weight is not None:
+                    _add_side(acc, flat_side[rows], side_weight[:, cols])
                 out[rows, cols] = _finish(acc, None if bias is None else bias[cols], activation)
     return out.view(*codes.shape[:-1], n)
 
@@ -127,19 +163,21 @@ def linear_w4(
     hadamard: int = 0,
     activation: str | None = None,
     dtype: torch.dtype = torch.float32,
+    side: torch.Tensor | None = None,
+    side_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weight-only linear: `activation(rotate(x * mask) @ W^T + bias)` with the decoded weight W; x is not quantized.
+    """Weight-only linear: `activation(rotate(x * mask) @ W^T + side branch + bias)`, W the decoded weight.
 
-    x [..., K] bf16, fp16 or fp32; w_codes [N, Kp/2] and w_scales [N, U, 4] uint8; bias [N] and mask [K] floating point
-    or None; hadamard the rotation width (0 or 1: none); activation None or "gelu_tanh"; dtype bf16, fp16 or fp32.
-    Returns [..., N].
+    x [..., K] bf16, fp16 or fp32, not quantized; w_codes [N, Kp/2] and w_scales [N, U, 4] uint8; bias [N] and mask [K]
+    floating point or None; hadamard the rotation width (0 or 1: none); activation None or "gelu_tanh"; dtype bf16, fp16
+    or fp32. `side` [..., S] and `side_weight` [S, N] as in `linear`. Returns [..., N].
 
-    Mask, rotation, matmul and epilogue are in fp32 with one cast at the end. The order of the fp32 additions is the
+    Mask, rotation, matmul and epilogue are in fp32 with one cast at the end. The order of the matmul's additions is the
     BLAS's, so results agree to rounding, not to the bit, across batch sizes, threads and backends.
     Weights are decoded a few rows at a time; temporaries stay under about 64 MB, fp32 copies of x aside.
     Raises Hif4Error for tensors, activation or dtype that do not fit.
     """
-    check_linear_w4(x, w_codes, w_scales, bias, mask, hadamard, activation, dtype)
+    check_linear_w4(x, w_codes, w_scales, bias, mask, hadamard, activation, dtype, side, side_weight)
     k, n = x.shape[-1], w_codes.shape[0]
     with torch.autocast(x.device.type, enabled=False):
         y = x.float()
@@ -148,11 +186,14 @@ def linear_w4(
         if hadamard > 1:
             y = block_hadamard(y, hadamard)
         y = y.reshape(-1, k)
+        flat_side = None if side is None else side.reshape(-1, side.shape[-1])
         out = torch.empty((y.shape[0], n), dtype=dtype, device=x.device)
         step = max(1, min(_BLOCK_W // max(1, k), _BLOCK_OUT // max(1, y.shape[0])))
         for j in range(0, n, step):
             cols = slice(j, j + step)
             acc = torch.mm(y, dequantize(w_codes[cols], w_scales[cols], k, torch.float32).t())
+            if flat_side is not None and side_weight is not None:
+                _add_side(acc, flat_side, side_weight[:, cols])
             out[:, cols] = _finish(acc, None if bias is None else bias[cols], activation)
     return out.view(*x.shape[:-1], n)
 
@@ -168,6 +209,13 @@ def _accumulate(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         for dot in torch.bmm(a[u : u + step], w[u : u + step]):
             acc.add_(dot)
     return acc
+
+
+def _add_side(acc: torch.Tensor, side: torch.Tensor, side_weight: torch.Tensor) -> None:
+    """Add side [m, S] times side_weight [S, n] to acc [m, n] in fp32, one j of S after the other."""
+    side, side_weight = side.float(), side_weight.float()
+    for j in range(side.shape[1]):
+        acc.add_(side[:, j : j + 1] * side_weight[j])
 
 
 def _finish(acc: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:

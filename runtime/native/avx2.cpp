@@ -68,6 +68,32 @@ HIF4_TARGET void multiply(const Group& group, int rows, int64_t first, int64_t c
   for (; row < rows; row++) multiply_rows<1>(group, row, first, count, values, scales, acc);
 }
 
+template <int ROWS>
+HIF4_TARGET void add_side_rows(const float* side, int64_t width, const float* weight, int tiles, float* acc) {
+  for (int tile = 0; tile < tiles; tile++, weight += width * kTile, acc += kTile) {
+    __m256 sum[ROWS][2];
+    for (int i = 0; i < ROWS; i++)
+      for (int c = 0; c < 2; c++) sum[i][c] = _mm256_loadu_ps(acc + i * tiles * kTile + 8 * c);
+    for (int64_t j = 0; j < width; j++) {
+      const __m256 w0 = _mm256_loadu_ps(weight + j * kTile), w1 = _mm256_loadu_ps(weight + j * kTile + 8);
+      for (int i = 0; i < ROWS; i++) {
+        const __m256 x = _mm256_set1_ps(side[i * width + j]);
+        sum[i][0] = _mm256_add_ps(sum[i][0], _mm256_mul_ps(x, w0));
+        sum[i][1] = _mm256_add_ps(sum[i][1], _mm256_mul_ps(x, w1));
+      }
+    }
+    for (int i = 0; i < ROWS; i++)
+      for (int c = 0; c < 2; c++) _mm256_storeu_ps(acc + i * tiles * kTile + 8 * c, sum[i][c]);
+  }
+}
+
+HIF4_TARGET void add_side(const float* side, int64_t width, int64_t rows, const float* weight, int tiles, float* acc) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4)
+    add_side_rows<4>(side + row * width, width, weight, tiles, acc + row * tiles * kTile);
+  for (; row < rows; row++) add_side_rows<1>(side + row * width, width, weight, tiles, acc + row * tiles * kTile);
+}
+
 HIF4_TARGET void quantize(const float* x, int64_t units, uint8_t* codes, uint8_t* scales) {
   quantize_generic(x, units, codes, scales);
 }
@@ -84,7 +110,7 @@ HIF4_TARGET void rotate(float* x, int64_t count, int width, float factor) { rota
 
 }  // namespace
 
-const Kernels kAvx2 = {expand_row, expand_tile, multiply, nullptr, quantize, load_bf16, load_f32, rotate};
+const Kernels kAvx2 = {expand_row, expand_tile, multiply, nullptr, add_side, quantize, load_bf16, load_f32, rotate};
 
 }  // namespace hif4
 #endif

@@ -13,7 +13,7 @@ namespace avx512 {
 #include "avx512.inl"
 }  // namespace avx512
 }  // namespace
-const Kernels kAvx512 = {avx512::expand_row, avx512::expand_tile, avx512::multiply,  avx512::few_rows,
+const Kernels kAvx512 = {avx512::expand_row, avx512::expand_tile, avx512::multiply,  avx512::few_rows, avx512::add_side,
                          avx512::quantize,   avx512::load_bf16,   avx512::load_f32, avx512::rotate};
 }  // namespace hif4
 
@@ -27,7 +27,7 @@ namespace vbmi {
 #include "avx512.inl"
 }  // namespace vbmi
 }  // namespace
-const Kernels kAvx512Vbmi = {vbmi::expand_row, vbmi::expand_tile, vbmi::multiply, vbmi::few_rows,
+const Kernels kAvx512Vbmi = {vbmi::expand_row, vbmi::expand_tile, vbmi::multiply, vbmi::few_rows, vbmi::add_side,
                              vbmi::quantize,   vbmi::load_bf16,   vbmi::load_f32, vbmi::rotate};
 }  // namespace hif4
 #endif

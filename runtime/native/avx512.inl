@@ -289,6 +289,30 @@ HIF4_TARGET void few_rows(const Group& group, int rows, const Weight& weight, in
   multiply_packed<8>(group, weight, column, acc);
 }
 
+template <int ROWS>
+HIF4_TARGET void add_side_rows(const float* side, int64_t width, const float* weight, int tiles, float* acc) {
+  for (int tile = 0; tile < tiles; tile++, weight += width * kTile, acc += kTile) {
+    __m512 sum[ROWS];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++) sum[i] = _mm512_loadu_ps(acc + i * tiles * kTile);
+    for (int64_t j = 0; j < width; j++) {
+      const __m512 w = _mm512_loadu_ps(weight + j * kTile);
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; i++)
+        sum[i] = _mm512_add_ps(sum[i], _mm512_mul_ps(_mm512_set1_ps(side[i * width + j]), w));
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++) _mm512_storeu_ps(acc + i * tiles * kTile, sum[i]);
+  }
+}
+
+HIF4_TARGET void add_side(const float* side, int64_t width, int64_t rows, const float* weight, int tiles, float* acc) {
+  int64_t row = 0;
+  for (; row + 8 <= rows; row += 8)
+    add_side_rows<8>(side + row * width, width, weight, tiles, acc + row * tiles * kTile);
+  for (; row < rows; row++) add_side_rows<1>(side + row * width, width, weight, tiles, acc + row * tiles * kTile);
+}
+
 HIF4_TARGET HIF4_INLINE uint64_t join_masks(const __mmask16 (&masks)[4]) {
   return masks[0] | static_cast<uint64_t>(masks[1]) << 16 | static_cast<uint64_t>(masks[2]) << 32 |
          static_cast<uint64_t>(masks[3]) << 48;

@@ -1,6 +1,6 @@
 """The native CPU kernels as functions of tensors, bit for bit the portable ones; what they do not cover goes there.
 
-Symbols: M rows, K channels, N outputs, U units of 64 channels (see `hif4c.runtime.format`).
+Symbols: M rows, K channels, N outputs, U units of 64 channels (see `hif4c.runtime.format`), S columns of a side branch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Library:
                 f"{path}: cannot be loaded ({error}); delete it to have it built again, or use kernels='portable'."
             ) from None
         library.hif4_quantize.argtypes = (_P, _I, _P, _I, ctypes.c_float, _L, _L, _P, _P, _I, _P, _I)
-        library.hif4_linear.argtypes = (_P, _P, _P, _P, _P, _P, _I, _L, _L, _L, _I, _P, _I)
+        library.hif4_linear.argtypes = (_P, _P, _P, _P, _P, _P, _P, _L, _P, _I, _L, _L, _L, _I, _P, _I)
         self.path = path
         self._quantize: Callable[..., int] = library.hif4_quantize
         self._linear: Callable[..., int] = library.hif4_linear
@@ -84,6 +84,8 @@ class Library:
         bias: torch.Tensor | None = None,
         activation: str | None = None,
         dtype: torch.dtype = torch.float32,
+        side: torch.Tensor | None = None,
+        side_weight: torch.Tensor | None = None,
         instruction_set: int = BEST,
     ) -> torch.Tensor:
         """As `hif4c.runtime.reference.linear`, with the kernels of an instruction set (-1: the best there is).
@@ -91,24 +93,28 @@ class Library:
         Equal bit for bit (NaN's payload apart). GELU is torch's, on the same fp32 numbers; torch itself rounds its last
         bits differently at the end of a row of vectors, so there the equality is up to those.
         """
-        reference.check_linear(codes, scales, w_codes, w_scales, bias, activation, dtype)
-        tensors = (codes, scales, w_codes, w_scales, *(() if bias is None else (bias,)))
-        if any(tensor.device.type != "cpu" for tensor in tensors):
-            return reference.linear(codes, scales, w_codes, w_scales, bias, activation, dtype)
+        reference.check_linear(codes, scales, w_codes, w_scales, bias, activation, dtype, side, side_weight)
+        tensors = (codes, scales, w_codes, w_scales, bias, side, side_weight)
+        if any(tensor is not None and tensor.device.type != "cpu" for tensor in tensors):
+            return reference.linear(codes, scales, w_codes, w_scales, bias, activation, dtype, side, side_weight)
         n, units = w_codes.shape[0], w_codes.shape[1] // (hif4_format.UNIT // 2)
         out = torch.empty((*codes.shape[:-1], n), dtype=dtype)
         if out.numel() == 0 or units == 0:
-            return reference.linear(codes, scales, w_codes, w_scales, bias, activation, dtype)
+            return reference.linear(codes, scales, w_codes, w_scales, bias, activation, dtype, side, side_weight)
         m, row = out.numel() // n, w_codes.shape[1]
         codes, scales = codes.contiguous(), scales.contiguous()
         w_codes, w_scales = w_codes.contiguous(), w_scales.contiguous()
         bias = None if bias is None else bias.float().contiguous()
+        width = 0 if side is None else side.shape[-1]
+        side = None if side is None else side.float().contiguous()
+        side_weight = None if side_weight is None else side_weight.float().contiguous()
 
         def compute(start: int, count: int, result: torch.Tensor) -> None:
             status = self._linear(
                 codes.data_ptr() + start * row, scales.data_ptr() + start * units * hif4_format.SCALE_BYTES,
-                w_codes.data_ptr(), w_scales.data_ptr(), _address(bias), result.data_ptr(), _DTYPES[result.dtype],
-                count, n, units, torch.get_num_threads(), self._parallel, instruction_set,
+                w_codes.data_ptr(), w_scales.data_ptr(), _address(bias), _address(side, start * width),
+                _address(side_weight), width, result.data_ptr(), _DTYPES[result.dtype], count, n, units,
+                torch.get_num_threads(), self._parallel, instruction_set,
             )  # fmt: skip
             _raise(status, instruction_set)
 
@@ -126,7 +132,7 @@ class Library:
         return out
 
     def _check(self) -> None:
-        """One small quantization and one product, compared with the portable ones: what a bad compiler would break."""
+        """A small quantization and products, compared with the portable ones: what a bad compiler would break."""
         generator = torch.Generator().manual_seed(0)
         x, w = torch.randn(11, 320, generator=generator), torch.randn(50, 320, generator=generator)
         expected, weight = hif4_format.quantize(x, None, 64), hif4_format.quantize(w)
@@ -134,6 +140,9 @@ class Library:
         for rows in (3, 11):  # few rows have a kernel of their own
             planes = (expected[0][:rows], expected[1][:rows], *weight)
             same &= torch.equal(self.linear(*planes), reference.linear(*planes))
+            branch = (x[:rows, :5].bfloat16(), w[:, :5].t().bfloat16())
+            found = self.linear(*planes, side=branch[0], side_weight=branch[1])
+            same &= torch.equal(found, reference.linear(*planes, side=branch[0], side_weight=branch[1]))
         if not same:
             raise Hif4Error(
                 f"{self.path}: computes something else than the portable implementation; "
@@ -158,8 +167,8 @@ def _torch_openmp() -> int | None:
     return None
 
 
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _address(tensor: torch.Tensor | None, element: int = 0) -> int | None:
+    return None if tensor is None else tensor.data_ptr() + element * tensor.element_size()
 
 
 def _raise(status: int, instruction_set: int) -> None:

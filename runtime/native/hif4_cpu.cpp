@@ -140,8 +140,15 @@ struct Planes {
   const uint8_t* scales;
 };
 
-int linear(const Kernels& kernels, const Planes& input, const Weight& weight, const Output& output, int64_t m,
-           const Team& team) {
+// A branch added to the product: values [m][width] times weight [width][n]; width 0 for none.
+struct Side {
+  const float* values;
+  const float* weight;
+  int64_t width;
+};
+
+int linear(const Kernels& kernels, const Planes& input, const Weight& weight, const Side& side, const Output& output,
+           int64_t m, const Team& team) {
   const int64_t units = weight.units, kp = units * kUnit;
   const int64_t fitting = std::max<int64_t>(kInputBytes / kp / kRows, 8) * kRows;
   const int64_t block = std::min(std::min(kRowBlock, fitting), ceil_div(m, kRows) * kRows);
@@ -149,6 +156,20 @@ int linear(const Kernels& kernels, const Planes& input, const Weight& weight, co
   Scratch<float> scales(block * units);
   Scratch<int32_t> offsets(block * units);
   if (!values.ok() || !scales.ok() || !offsets.ok()) return kNoMemory;
+  // The branch's weight by tiles, [tiles][width][kTile], with zeros from column n to a multiple of kCols.
+  const int64_t padded = ceil_div(weight.n, kCols) * kCols;
+  Scratch<float> side_weight(padded * side.width);
+  if (!side_weight.ok()) return kNoMemory;
+  for (int64_t column = 0; column < padded; column += kTile)
+    for (int64_t j = 0; j < side.width; j++)
+      for (int64_t c = 0; c < kTile; c++)
+        side_weight.get()[column * side.width + j * kTile + c] =
+            column + c < weight.n ? side.weight[j * weight.n + column + c] : 0.0f;
+  const auto add_side = [&](int64_t row, int64_t count, int64_t column, int tiles, float* acc) {
+    if (side.width)
+      kernels.add_side(side.values + row * side.width, side.width, count, side_weight.get() + column * side.width, tiles,
+                       acc);
+  };
   const auto group_at = [&](int64_t row) {
     return Group{values.get() + row * kp, scales.get() + row * units, offsets.get() + row * units};
   };
@@ -172,6 +193,7 @@ int linear(const Kernels& kernels, const Planes& input, const Weight& weight, co
       float acc[kRows * kTile];
       const int64_t column = tile * kTile;
       kernels.few_rows(group, static_cast<int>(m), weight, column, acc);
+      add_side(0, m, column, 1, acc);
       for (int64_t i = 0; i < m; i++)
         output.store(i, column, std::min<int64_t>(kTile, weight.n - column), acc + i * kTile);
     });
@@ -206,6 +228,7 @@ int linear(const Kernels& kernels, const Planes& input, const Weight& weight, co
           kernels.multiply(group_at(row), static_cast<int>(std::min<int64_t>(kRows, end - row)), u, some, w, w_scales,
                            acc + (row - begin) * kCols);
       }
+      add_side(first + begin, end - begin, column, kCols / kTile, acc);
       for (int64_t row = begin; row < end; row++) output.store(first + row, column, width, acc + (row - begin) * kCols);
     });
   }
@@ -260,13 +283,15 @@ HIF4_EXPORT int hif4_quantize(const void* x, int dtype, const float* mask, int h
   return kDone;
 }
 
-// out [m, n] = input [m, units] times weight [n, units] transposed, plus bias [n] or null.
+// out [m, n] = input [m, units] times weight [n, units] transposed, plus side [m, width] times side_weight [width, n]
+// where the width is not 0, plus bias [n] or null.
 HIF4_EXPORT int hif4_linear(const uint8_t* codes, const uint8_t* scales, const uint8_t* w_codes,
-                            const uint8_t* w_scales, const float* bias, void* out, int dtype, int64_t m, int64_t n,
-                            int64_t units, int threads, void* parallel, int set) {
+                            const uint8_t* w_scales, const float* bias, const float* side, const float* side_weight,
+                            int64_t width, void* out, int dtype, int64_t m, int64_t n, int64_t units, int threads,
+                            void* parallel, int set) {
   const Kernels* kernels = kernels_of(set);
   if (!kernels) return kNoSuchSet;
   const Team team = {std::max(1, threads), reinterpret_cast<Parallel>(parallel)};
-  return linear(*kernels, {codes, scales}, {w_codes, w_scales, n, units}, {bias, out, static_cast<Dtype>(dtype), n}, m,
-                team);
+  return linear(*kernels, {codes, scales}, {w_codes, w_scales, n, units}, {side, side_weight, width},
+                {bias, out, static_cast<Dtype>(dtype), n}, m, team);
 }

@@ -46,6 +46,9 @@ struct Kernels {
                    const float* scales, float* acc);
   // acc [kRows][kTile] = the whole product for one tile straight from the packed weight; null where there is none.
   void (*few_rows)(const Group& group, int rows, const Weight& weight, int64_t column, float* acc);
+  // acc [rows][tiles][kTile] += side [rows][width] times weight [tiles][width][kTile], one j of width after the other;
+  // product and sum are rounded each by itself, so that products beyond fp32's range too are those of other sets.
+  void (*add_side)(const float* side, int64_t width, int64_t rows, const float* weight, int tiles, float* acc);
   // Whole units of fp32 to planes.
   void (*quantize)(const float* x, int64_t units, uint8_t* codes, uint8_t* scales);
   // out[i] = x[i], widened, times mask[i] where there is a mask.

@@ -35,6 +35,15 @@ void multiply(const Group& group, int rows, int64_t first, int64_t count, const 
     }
 }
 
+void add_side(const float* side, int64_t width, int64_t rows, const float* weight, int tiles, float* acc) {
+  for (int64_t row = 0; row < rows; row++)
+    for (int tile = 0; tile < tiles; tile++) {
+      float* out = acc + (row * tiles + tile) * kTile;
+      for (int64_t j = 0; j < width; j++)
+        for (int c = 0; c < kTile; c++) out[c] += side[row * width + j] * weight[(tile * width + j) * kTile + c];
+    }
+}
+
 void quantize(const float* x, int64_t units, uint8_t* codes, uint8_t* scales) {
   quantize_generic(x, units, codes, scales);
 }
@@ -49,6 +58,6 @@ void rotate(float* x, int64_t count, int width, float factor) { rotate_generic(x
 
 }  // namespace
 
-const Kernels kPortable = {expand_row, expand_tile, multiply, nullptr, quantize, load_bf16, load_f32, rotate};
+const Kernels kPortable = {expand_row, expand_tile, multiply, nullptr, add_side, quantize, load_bf16, load_f32, rotate};
 
 }  // namespace hif4

@@ -102,8 +102,11 @@ def _register(library: Library) -> torch.library.Library:
         bias: torch.Tensor | None = None,
         activation: str | None = None,
         dtype: torch.dtype | None = None,
+        side: torch.Tensor | None = None,
+        side_weight: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return library.linear(codes, scales, w_codes, w_scales, bias, activation, ops.output_dtype(bias, dtype))
+        dtype = ops.output_dtype(bias, dtype)
+        return library.linear(codes, scales, w_codes, w_scales, bias, activation, dtype, side, side_weight)
 
     def quantize(
         x: torch.Tensor, mask: torch.Tensor | None = None, hadamard: int = 0

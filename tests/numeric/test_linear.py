@@ -33,6 +33,12 @@ def planes(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(plane for t in tensors for plane in quantize(t))
 
 
+def branch(m: int, n: int, width: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    """A side branch: side [m, width] and side_weight [width, n], with terms as large as a unit's dot product."""
+    g = torch.Generator().manual_seed(m + n + width)
+    return (8 * torch.randn(m, width, generator=g)).to(dtype), torch.randn(width, n, generator=g).to(dtype)
+
+
 def gelu(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
@@ -65,6 +71,30 @@ def test_linear_is_within_its_summation_error(m: int, k: int, n: int, spread: fl
     assert ((y - gelu(exact + bias)).abs() <= 1.13 * bound + 16 * U * (exact + bias).abs()).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 5, 40])
+def test_side_branch_is_within_its_summation_error(width: int, dtype: torch.dtype):
+    """And to 1e-6 of the row's norm, what golden outputs are compared to: sqrt((U + S) / 3) * 2^-24 is 2e-7 here."""
+    m, k, n = 33, 1100, 65
+    x, w, bias = make(m, k, n)
+    p, (side, side_weight) = planes(x, w), branch(m, n, width, dtype)
+    a, b = dequantize(p[0], p[1], k, torch.float64), dequantize(p[2], p[3], k, torch.float64)
+    added = side.double() @ side_weight.double()
+    magnitude = side.double().abs() @ side_weight.double().abs() + bias.abs()
+    # All additions after the product's own, each counted once for every term before it.
+    exact, bound = a @ b.t() + added + bias, gamma(18 + width + 1) * (a.abs() @ b.abs().t() + magnitude)
+    y = linear(*p, bias, side=side, side_weight=side_weight)
+    assert ((y - exact).abs() <= bound).all()
+    assert (y - exact).norm() <= 1e-6 * exact.norm()
+    exact, bound = (
+        x.double() @ b.t() + added + bias,
+        gamma(k + width + 1) * (x.double().abs() @ b.abs().t() + magnitude),
+    )
+    y = linear_w4(x, *p[2:], bias, side=side, side_weight=side_weight)
+    assert ((y - exact).abs() <= bound).all()
+    assert (y - exact).norm() <= 1e-6 * exact.norm()
+
+
 def test_linear_follows_the_contract_bit_for_bit():
     x, w, bias = make(9, 1216, 11, spread=6.0)
     p = planes(x, w)
@@ -91,10 +121,60 @@ def test_linear_follows_the_contract_bit_for_bit():
         assert torch.equal(y, gelu(in_order + bias).to(dtype))
 
 
+def test_side_branch_follows_the_contract_bit_for_bit():
+    """After the units, in the order of its columns, before bias and activation."""
+    x, w, bias = make(9, 256, 11, spread=3.0)
+    p, (side, side_weight) = planes(x, w), branch(9, 11, 20)
+    products = side.float().t()[:, :, None] * side_weight.float()[:, None]
+    assert torch.equal(products.double(), side.double().t()[:, :, None] * side_weight.double()[:, None])
+
+    def total(start: torch.Tensor, order: range) -> torch.Tensor:
+        acc = start.numpy()
+        for j in order:
+            acc = acc + products[j].numpy()
+        return torch.from_numpy(acc)
+
+    def with_branch(*args: object) -> torch.Tensor:
+        return linear(*p, *args, side=side, side_weight=side_weight)
+
+    in_order = total(linear(*p), range(20))
+    for other in (
+        total(linear(*p), range(19, -1, -1)), total(linear(*p, bias), range(20)) - bias,
+        total(torch.zeros(9, 11), range(20)) + linear(*p),
+    ):  # fmt: skip
+        assert not torch.equal(other, in_order)  # the data tells orders apart
+    assert torch.equal(with_branch(), in_order)
+    assert torch.equal(with_branch(bias), in_order + bias)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert torch.equal(with_branch(bias, "gelu_tanh", dtype), gelu(in_order + bias).to(dtype))
+
+
+def test_side_branch_does_what_it_is_for():
+    """A low-rank part and whole channels of x, computed beside a product that leaves them out."""
+    x, w, _ = make(20, 256, 12)
+    x = x.bfloat16()
+    columns, mask = torch.tensor([7, 200]), torch.ones(256)
+    mask[columns] = 0
+    down, up = torch.randn(4, 256).bfloat16(), torch.randn(12, 4).bfloat16()
+    side = torch.cat([torch.nn.functional.linear(x, down), x.index_select(-1, columns)], -1)
+    side_weight = torch.cat([up, w[:, columns].bfloat16()], 1).t()
+    b = planes(w * mask)
+    added, decoded = side.double() @ side_weight.double(), dequantize(*b, 256, torch.float64).t()
+    exact = added + (x.double() * mask) @ decoded
+    y = linear_w4(x, *b, mask=mask, side=side, side_weight=side_weight, dtype=torch.float32)
+    assert (y - exact).norm() <= 1e-6 * exact.norm()
+    a = quantize(x, mask)
+    exact = added + dequantize(*a, 256, torch.float64) @ decoded
+    y = linear(*a, *b, side=side, side_weight=side_weight)
+    assert (y - exact).norm() <= 1e-6 * exact.norm()
+
+
 def test_threads_batches_and_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch):
     x, w, bias = make(70, 1216, 30, spread=6.0)
     p = planes(x, w)
     y = linear(*p, bias)
+    side, side_weight = branch(70, 30, 7)
+    sided = linear(*p, bias, side=side, side_weight=side_weight)
     threads = torch.get_num_threads()
     try:
         for count in (1, 2):
@@ -112,6 +192,11 @@ def test_threads_batches_and_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatc
         for name in ("_BLOCK_A", "_BLOCK_W", "_BLOCK_OUT"):
             monkeypatch.setattr(reference, name, block)
         assert torch.equal(linear(*p, bias), y)
+        assert torch.equal(linear(*p, bias, side=side, side_weight=side_weight), sided)
+    tensors = (p[0].view(2, 5, 7, -1), p[1].view(2, 5, 7, -1, 4), *p[2:], bias)
+    found = linear(*tensors, side=side.view(2, 5, 7, 7), side_weight=side_weight.t().contiguous().t())
+    assert torch.equal(found, sided.view(2, 5, 7, 30))
+    assert torch.equal(linear(p[0][3], p[1][3], *p[2:], bias, side=side[3], side_weight=side_weight), sided[3])
 
 
 def test_autocast_does_not_reach_inside():
@@ -167,6 +252,8 @@ def test_empty_batches():
     x, w, bias = make(4, 256, 6)
     p = planes(x[:0], w)
     assert linear(*p, bias).shape == linear_w4(x[:0], *p[2:], bias).shape == (0, 6)
+    none = {"side": torch.zeros(0, 3).half(), "side_weight": torch.zeros(3, 6).half()}
+    assert linear(*p, bias, **none).shape == linear_w4(x[:0], *p[2:], bias, **none).shape == (0, 6)
 
 
 def test_unfit_arguments_are_refused():
@@ -191,3 +278,22 @@ def test_unfit_arguments_are_refused():
         linear_w4(x.double(), *p[2:])
     with pytest.raises(Hif4Error, match="unknown activation"):
         linear_w4(x, *p[2:], activation="silu")
+    side, side_weight = branch(4, 6, 3)
+    for bad, words in (
+        ((side, None), "side and side_weight belong together; give both or neither"),
+        ((None, side_weight), "belong together"),
+        ((side.half(), side_weight), "both bfloat16 or both float16, not torch.float16 and torch.bfloat16"),
+        ((side.float(), side_weight.float()), "not torch.float32 and torch.float32"),
+        ((side, side_weight[:2]), r"side must have shape \[4, 2\], not \[4, 3\]"),
+        ((side[:3], side_weight), r"side must have shape \[4, 3\], not \[3, 3\]"),
+        ((side[0], side_weight), r"side must have shape \[4, 3\], not \[3\]"),
+        ((side, side_weight[:, 1:]), r"side_weight must have shape \[S, 6\] with S of at least 1, not \[3, 5\]"),
+        ((side[:, :0], side_weight[:0]), r"with S of at least 1, not \[0, 6\]"),
+        ((side, side_weight[0]), r"not \[6\]"),
+    ):
+        for call in (
+            lambda branch: linear(*p, side=branch[0], side_weight=branch[1]),
+            lambda branch: linear_w4(x, *p[2:], side=branch[0], side_weight=branch[1]),
+        ):
+            with pytest.raises(Hif4Error, match=words):
+                call(bad)

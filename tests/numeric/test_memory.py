@@ -56,6 +56,10 @@ def test_linears_decode_the_weight_by_blocks_of_rows(weight: torch.Tensor):
     with Largest() as seen:
         linear(*quantize(x), *planes)
     assert seen.nbytes <= FP32_WEIGHT // 2
+    side = {"side": torch.ones(3, 40).bfloat16(), "side_weight": torch.ones(40, N).bfloat16()}
+    with Largest() as seen:
+        linear(*quantize(x), *planes, **side)
+    assert seen.nbytes <= FP32_WEIGHT // 2
     with Largest() as seen:
         linear_w4(x, *planes)
     assert seen.nbytes <= FP32_WEIGHT // 2

@@ -94,7 +94,12 @@ def check_linear(library: Library, forced: int, m: int, k: int, n: int, seed: in
     assert same(library.linear(*planes, instruction_set=forced), exact)
     for dtype in FLOATS:
         expected = reference.linear(*planes, bias, None, dtype)
-        assert same(library.linear(*planes, bias, None, dtype, forced), expected)
+        assert same(library.linear(*planes, bias, None, dtype, instruction_set=forced), expected)
+
+
+def branch(m: int, n: int, width: int, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    """A side branch whose terms are about as large as a 4-bit product of Gaussians."""
+    return 5 * make(m, width, seed=m, spread=1.0).to(dtype), make(width, n, seed=n, spread=1.0).to(dtype)
 
 
 def golden_names() -> list[str]:
@@ -162,14 +167,69 @@ def test_gelu_is_torchs_on_the_same_numbers(library: Library, forced: int):
     for m, n in ((1, 7), (33, 50), (300, 130)):
         planes = (*portable.quantize(make(m, 320, spread=1.0)), *portable.quantize(make(n, 320, seed=1, spread=1.0)))
         bias = make(n, seed=2)
-        found = library.linear(*planes, bias, "gelu_tanh", torch.float32, forced)
+        found = library.linear(*planes, bias, "gelu_tanh", torch.float32, instruction_set=forced)
         # torch computes tanh with vectors and, at the end of a range, perhaps without: a few last bits of 1 + tanh.
         expected = reference.linear(*planes, bias, "gelu_tanh", torch.float32)
         before = reference.linear(*planes, bias)
         assert ((found - expected).abs() <= 4 * 2.0**-24 * before.abs()).all()
         assert ulps(found[before > 0], expected[before > 0]) <= 4
-        low = library.linear(*planes, bias, "gelu_tanh", torch.bfloat16, forced)
+        low = library.linear(*planes, bias, "gelu_tanh", torch.bfloat16, instruction_set=forced)
         assert same(low, found.bfloat16())
+
+
+@pytest.mark.parametrize("width", [1, 5, 16, 40])
+@pytest.mark.parametrize("m", [1, 3, 8, 11, 300])
+def test_side_branch_is_the_portable_one(library: Library, forced: int, m: int, width: int):
+    n = 70  # neither whole tiles of 16 nor of 48
+    x, w, bias = make(m, 200, spread=1.0), make(n, 200, seed=1, spread=1.0), make(n, seed=2)
+    planes = (*portable.quantize(x), *portable.quantize(w))
+    side, side_weight = branch(m, n, width)
+    assert not same(reference.linear(*planes), reference.linear(*planes, side=side, side_weight=side_weight))
+    for dtype, added in ((torch.float32, None), (torch.bfloat16, bias), (torch.float16, bias), (torch.bfloat16, None)):
+        found = library.linear(*planes, added, None, dtype, side, side_weight, forced)
+        assert same(found, reference.linear(*planes, added, None, dtype, side, side_weight))
+    side, side_weight = branch(m, n, width, torch.float16)
+    found = library.linear(*planes, bias, None, torch.float32, side, side_weight, forced)
+    assert same(found, reference.linear(*planes, bias, None, torch.float32, side, side_weight))
+
+
+def test_side_branch_before_gelu_by_blocks_of_rows(library: Library, monkeypatch: pytest.MonkeyPatch):
+    from hif4c.runtime.native import bindings
+
+    monkeypatch.setattr(bindings, "_BLOCK", 64 * 48)
+    planes = (*portable.quantize(make(150, 128, spread=1.0)), *portable.quantize(make(48, 128, seed=1, spread=1.0)))
+    side, side_weight = branch(150, 48, 5)
+    before = reference.linear(*planes, side=side, side_weight=side_weight)
+    for dtype in (torch.float32, torch.bfloat16):  # whole vectors: torch's GELU is the same in blocks
+        found = library.linear(*planes, None, "gelu_tanh", dtype, side, side_weight)
+        assert same(found, torch.nn.functional.gelu(before, approximate="tanh").to(dtype))
+    found = library.linear(*planes, None, None, torch.float16, side, side_weight)
+    assert same(found, before.half())
+
+
+def test_side_branch_with_extreme_values_views_and_threads(library: Library, forced: int):
+    """Products beyond fp32's range are rounded before they are added, everywhere; NaN and Inf pass through."""
+    x, w = torch.zeros(4, 30, 64), torch.zeros(80, 64)
+    planes = (*portable.quantize(x), *portable.quantize(w))
+    rows, columns = 2.0 ** torch.linspace(-72, 66, 30), 2.0 ** torch.linspace(-72, 66, 80)
+    side = (make(30, 4, 4, spread=0.0) * rows[:, None, None]).bfloat16().transpose(0, 1)
+    side_weight = (make(80, 4, seed=1, spread=0.0) * columns[:, None]).bfloat16().t()
+    products = side.float()[..., None] * side_weight.float()
+    assert ((products != 0) & (products.abs() < 2.0**-126)).any()
+    assert products.isinf().any()
+    side[1, 2, 3], side_weight[2, 5] = torch.nan, torch.inf
+    expected = reference.linear(*planes, side=side, side_weight=side_weight)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 5):
+            torch.set_num_threads(count)
+            found = library.linear(*planes, side=side, side_weight=side_weight, instruction_set=forced)
+            assert same(found, expected)
+            few = (planes[0][1, :3], planes[1][1, :3], *planes[2:])
+            found = library.linear(*few, side=side[1, :3], side_weight=side_weight, instruction_set=forced)
+            assert same(found, expected[1, :3])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_special_values(library: Library, forced: int):
@@ -200,8 +260,11 @@ def test_views_and_leading_shapes(library: Library, forced: int):
     w_codes, w_scales = portable.quantize(make(60, 256, seed=1))
     views = (codes.transpose(0, 1), scales.transpose(0, 1), w_codes[::3], w_scales[::3], make(40)[::2])
     expected = reference.linear(*views, None, torch.float32)
-    assert same(library.linear(*views, None, torch.float32, forced), expected)
-    assert same(library.linear(codes[0, 0], scales[0, 0], *views[2:], None, torch.float32, forced), expected[0, 0])
+    assert same(library.linear(*views, None, torch.float32, instruction_set=forced), expected)
+    assert same(
+        library.linear(codes[0, 0], scales[0, 0], *views[2:], None, torch.float32, instruction_set=forced),
+        expected[0, 0],
+    )
 
 
 def test_threads_change_no_bit(library: Library, forced: int):
@@ -262,6 +325,8 @@ def test_unfit_arguments_are_refused_as_by_the_portable_ones(library: Library):
         library.linear(*planes, *planes, torch.ones(5))
     with pytest.raises(Hif4Error, match="float64"):
         library.linear(*planes, *planes, None, None, torch.float64)
+    with pytest.raises(Hif4Error, match="side and side_weight belong together"):
+        library.linear(*planes, *planes, side=torch.ones(4, 1).bfloat16())
 
 
 @pytest.mark.usefixtures("enabled")
@@ -278,6 +343,10 @@ def test_the_operators_are_the_native_kernels(monkeypatch: pytest.MonkeyPatch):
     weight = torch.ops.hif4.quantize(w, None, 16)
     y = torch.ops.hif4.linear(*planes, *weight, bias.bfloat16())
     assert calls == ["quantize", "quantize", "linear"]
+    side, side_weight = branch(9, 20, 3)
+    found = torch.ops.hif4.linear(*planes, *weight, None, None, torch.bfloat16, side, side_weight)
+    assert same(found, reference.linear(*planes, *weight, None, None, torch.bfloat16, side, side_weight))
+    assert calls.pop() == "linear"
     assert all(map(torch.equal, planes, portable.quantize(x, None, 16)))
     assert same(y, reference.linear(*planes, *weight, bias.bfloat16(), None, torch.bfloat16))
     registry.disable()
@@ -296,3 +365,5 @@ def test_opcheck_and_export_with_the_native_kernels():
     torch.library.opcheck(torch.ops.hif4.quantize.default, (x.bfloat16(), make(200), 8))
     torch.library.opcheck(torch.ops.hif4.linear.default, (*planes, *weight, bias.bfloat16(), "gelu_tanh"))
     torch.library.opcheck(torch.ops.hif4.linear.default, (*planes, *weight), {"dtype": torch.float16})
+    side, side_weight = make(2, 5, 3, seed=3).bfloat16(), make(3, 12, seed=4).bfloat16()
+    torch.library.opcheck(torch.ops.hif4.linear.default, (*planes, *weight, bias, None, None, side, side_weight))

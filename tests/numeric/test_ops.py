@@ -22,6 +22,7 @@ def data(k: int = 200) -> dict[str, torch.Tensor]:
     codes, scales = hif4_format.quantize(x)
     w_codes, w_scales = hif4_format.quantize(w)
     bias, mask = torch.randn(12, generator=g), torch.rand(k, generator=g)
+    side, side_weight = torch.randn(2, 5, 3, generator=g), torch.randn(3, 12, generator=g)
     return {
         "x": x,
         "codes": codes,
@@ -30,6 +31,8 @@ def data(k: int = 200) -> dict[str, torch.Tensor]:
         "w_scales": w_scales,
         "bias": bias,
         "mask": mask,
+        "side": side.bfloat16(),
+        "side_weight": side_weight.bfloat16(),
     }
 
 
@@ -37,6 +40,7 @@ def calls() -> list[tuple[torch._ops.OpOverload, tuple, dict]]:
     d = data()
     quantized = d["codes"], d["scales"], d["w_codes"], d["w_scales"]
     weight = d["w_codes"], d["w_scales"]
+    branch = d["side"], d["side_weight"]
     return [
         (hif4.quantize.default, (d["x"],), {}),
         (hif4.quantize.default, (d["x"].bfloat16(), d["mask"], 8), {}),
@@ -47,10 +51,13 @@ def calls() -> list[tuple[torch._ops.OpOverload, tuple, dict]]:
         (hif4.linear.default, (*quantized, d["bias"]), {"dtype": torch.float16}),
         (hif4.linear_w4.default, (d["x"].half(), *weight), {}),
         (hif4.linear_w4.default, (d["x"], *weight, d["bias"], d["mask"], 8, "gelu_tanh", torch.bfloat16), {}),
+        (hif4.linear.default, (*quantized, d["bias"], None, torch.bfloat16, *branch), {}),
+        (hif4.linear.default, quantized, {"side": branch[0].half(), "side_weight": branch[1].half()}),
+        (hif4.linear_w4.default, (d["x"], *weight, None, None, 0, None, None, *branch), {}),
     ]
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(12))
 def test_opcheck(index: int):
     op, args, kwargs = calls()[index]
     torch.library.opcheck(op, args, kwargs)
@@ -68,6 +75,10 @@ def test_operators_are_the_functions():
     assert torch.equal(hif4.linear(*quantized, bias), reference.linear(*quantized, bias, None, torch.bfloat16))
     y = hif4.linear_w4(d["x"], *quantized[2:], bias, d["mask"], 8, "gelu_tanh")
     assert torch.equal(y, reference.linear_w4(d["x"], *quantized[2:], bias, d["mask"], 8, "gelu_tanh", torch.float32))
+    branch = {name: d[name] for name in ("side", "side_weight")}
+    assert torch.equal(hif4.linear(*quantized, **branch), reference.linear(*quantized, **branch))
+    y = hif4.linear_w4(d["x"], *quantized[2:], **branch)
+    assert torch.equal(y, reference.linear_w4(d["x"], *quantized[2:], **branch))
 
 
 def test_output_dtype_defaults():
@@ -81,6 +92,12 @@ def test_output_dtype_defaults():
 
 def test_fakes_refuse_what_the_operators_refuse():
     d = data()
+    quantized = d["codes"], d["scales"], d["w_codes"], d["w_scales"]
+    side, side_weight = d["side"], d["side_weight"]
+    bad_branches = [
+        (side, None), (side.half(), side_weight), (side[:1], side_weight), (side, side_weight[:2]),
+        (side, side_weight[:, 1:]),
+    ]  # fmt: skip
     bad_calls = [
         (hif4.quantize, (d["x"].double(),)),
         (hif4.quantize, (d["x"], d["mask"][1:])),
@@ -92,6 +109,8 @@ def test_fakes_refuse_what_the_operators_refuse():
         (hif4.linear, (d["codes"], d["scales"], d["w_codes"], d["w_scales"], d["bias"], "relu")),
         (hif4.linear, (d["codes"], d["scales"], d["w_codes"], d["w_scales"], d["bias"][1:])),
         (hif4.linear_w4, (d["x"][..., :64], d["w_codes"], d["w_scales"])),
+        *((hif4.linear, (*quantized, None, None, None, *branch)) for branch in bad_branches),
+        *((hif4.linear_w4, (d["x"], *quantized[2:], None, None, 0, None, None, *branch)) for branch in bad_branches),
     ]
     for op, args in bad_calls:
         with pytest.raises(Hif4Error) as real:
@@ -104,19 +123,22 @@ def test_fakes_refuse_what_the_operators_refuse():
 
 
 class Block(torch.nn.Module):
-    """One of each operator, on an input [batch, frames, K]."""
+    """Each operator, the linears with and without a side branch, on an input [batch, frames, K]."""
 
     def __init__(self) -> None:
         super().__init__()
         for name, value in data().items():
-            if name not in ("x", "codes", "scales"):
+            if name not in ("x", "codes", "scales", "side"):
                 self.register_buffer(name, value)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         codes, scales = hif4.quantize(x, self.mask, 8)
         decoded = hif4.dequantize(codes, scales, x.shape[-1], torch.float32)
         y = hif4.linear(codes, scales, self.w_codes, self.w_scales, self.bias, "gelu_tanh")
-        return decoded, y, hif4.linear_w4(x, self.w_codes, self.w_scales, self.bias)
+        y4 = hif4.linear_w4(x, self.w_codes, self.w_scales, self.bias)
+        branch = {"side": x[..., :3].bfloat16(), "side_weight": self.side_weight}
+        z = hif4.linear(codes, scales, self.w_codes, self.w_scales, **branch)
+        return decoded, y, y4, z, hif4.linear_w4(x, self.w_codes, self.w_scales, **branch)
 
 
 def test_export_with_dynamic_shapes():
@@ -126,6 +148,8 @@ def test_export_with_dynamic_shapes():
     assert targets == [
         "hif4.quantize.default",
         "hif4.dequantize.default",
+        "hif4.linear.default",
+        "hif4.linear_w4.default",
         "hif4.linear.default",
         "hif4.linear_w4.default",
     ]

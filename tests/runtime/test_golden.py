@@ -1,10 +1,12 @@
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
 
 from hif4c.runtime.errors import Hif4Error
-from hif4c.runtime.golden import FLIP_MARGIN, LINEAR_ERROR, Replay, make_golden, replay
+from hif4c.runtime.golden import FLIP_MARGIN, LINEAR_ERROR, SIDE_ERROR, Replay, make_golden, replay
+from hif4c.runtime.graph import Graph, InputType, Ref, TensorType
 from hif4c.runtime.transformer import CompiledTransformer, load
 
 BLOCK_LINEARS = (
@@ -208,6 +210,147 @@ def test_an_incomplete_golden_file(model, golden):
     for name in golden:
         with pytest.raises(Hif4Error, match=rf"the golden file lacks '{name}'"):
             replay(model, {key: value for key, value in golden.items() if key != name})
+
+
+COLUMNS, RANK = [5, 0], 3
+
+
+def with_branches(model):
+    """The program with a side branch at every 4-bit linear: a low-rank part, and two columns that a mask takes out."""
+    generator = torch.Generator().manual_seed(0)
+    graph, old = model.graph, model.graph.first_node
+    values = dict(zip((item.name for item in graph.tensors), model.executor.tensors, strict=True))
+    for path in LINEARS:
+        n, k = values[f"{path}.weight.codes"].shape[0], 2 * values[f"{path}.weight.codes"].shape[1]
+        values[f"{path}.down"] = torch.randn(RANK, k, generator=generator).bfloat16() / 8
+        values[f"{path}.up"] = torch.randn(RANK + len(COLUMNS), n, generator=generator).bfloat16() / 8
+        values[f"{path}.columns"] = torch.tensor(COLUMNS)
+        values[f"mask.{k}"] = torch.linspace(0.5, 2, k)
+        values[f"mask.{k}"][COLUMNS] = 0
+    tensors = [
+        InputType(name, TensorType(str(value.dtype).removeprefix("torch."), tuple(value.shape)))
+        for name, value in values.items()
+    ]
+    stored = {item.name: Ref(len(graph.inputs) + number) for number, item in enumerate(tensors)}
+    nodes, moved = [], {}
+
+    def node_of(ref):
+        return graph.nodes[ref.index - old]
+
+    def move(argument):
+        if isinstance(argument, list):
+            return [move(item) for item in argument]
+        return moved.get(argument, argument) if isinstance(argument, Ref) else argument
+
+    def add(target, *args, like):
+        nodes.append(replace(like, target=target, args=args, kwargs={}))
+        return Ref(len(graph.inputs) + len(tensors) + len(nodes) - 1)
+
+    for number, node in enumerate(graph.nodes):
+        args, path = [move(item) for item in node.args], node.module
+        if node.target == "hif4.quantize":
+            args[1] = stored[f"mask.{2 * node.type[0].shape[-1]}"]
+        elif node.target in ("hif4.linear", "hif4.linear_w4"):
+            quantizer = node_of(node_of(node.args[0]).args[0]) if node.target == "hif4.linear" else node
+            x = move(quantizer.args[0])
+            down = add("aten.linear.default", x, stored[f"{path}.down"], like=node)
+            chosen = add("aten.index_select.default", x, -1, stored[f"{path}.columns"], like=node)
+            side = add("aten.cat.default", [down, chosen], -1, like=node)
+            if node.target == "hif4.linear_w4":
+                args[4] = stored[f"mask.{2 * values[f'{path}.weight.codes'].shape[1]}"]
+            args += [side, stored[f"{path}.up"]]
+        nodes.append(replace(node, args=tuple(args)))
+        moved[Ref(old + number)] = Ref(len(graph.inputs) + len(tensors) + len(nodes) - 1)
+    program = Graph(graph.inputs, tensors, nodes, [moved[ref] for ref in graph.outputs])
+    return CompiledTransformer(program, values, model.config, model.dtype, model.expand_timesteps)
+
+
+@pytest.fixture(scope="module")
+def branched(artifacts):
+    return {recipe: with_branches(load(artifacts("t2v", recipe))) for recipe in ("rtn", "weight-only")}
+
+
+@pytest.fixture(scope="module")
+def branched_golden(branched):
+    return {recipe: make_golden(model) for recipe, model in branched.items()}
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "weight-only"])
+def test_linears_are_replayed_with_their_side_branches(recipe, branched, branched_golden):
+    model, golden = branched[recipe], branched_golden[recipe]
+    result = replay(model, golden)
+    assert result.identical
+    assert result.linears == len(LINEARS)
+    named = {item.name: value for item, value in zip(model.graph.tensors, model.executor.tensors, strict=True)}
+    for path in LINEARS:
+        down, up = named[f"{path}.down"], named[f"{path}.up"]
+        x = golden["row"][: down.shape[1]]
+        side = golden[f"side.{path}"]
+        assert torch.equal(side.flatten(), torch.cat([torch.nn.functional.linear(x, down), x[COLUMNS]]))
+        mask = named[f"mask.{len(x)}"]
+        planes, bias = (named[f"{path}.weight.codes"], named[f"{path}.weight.scales"]), named[f"{path}.bias"]
+        if recipe == "rtn":
+            planes = (*torch.ops.hif4.quantize(x, mask), *planes)
+            expected = torch.ops.hif4.linear(*planes, bias, None, torch.float32, side.flatten(), up)
+        else:
+            args = (*planes, bias, mask, 0, None, torch.float32, side.flatten(), up)
+            expected = torch.ops.hif4.linear_w4(x, *args)
+        assert torch.equal(golden[f"linear.{path}"], expected)
+
+
+@pytest.mark.parametrize("recipe", ["rtn", "weight-only"])
+def test_a_wrong_side_branch_does_not_pass_and_is_named(recipe, branched, branched_golden):
+    path = "blocks.1.attn2.to_k"
+    for ending, change in (
+        ("down", zero), ("up", zero), ("columns", lambda columns: columns.copy_(columns.flip(0))),
+        ("down", lambda down: down.copy_(down.flip(0))), ("up", lambda up: up.mul_(1.01)),
+    ):  # fmt: skip
+        wrong = with_tensors(branched[recipe], lambda tensors, e=ending, c=change: c(tensors[f"{path}.{e}"]))
+        result = replay(wrong, branched_golden[recipe])
+        assert not result.passed, ending
+        assert result.worst == path
+        assert (result.side_error > SIDE_ERROR) == (ending != "up")
+
+
+def test_a_side_branch_that_rounds_to_the_neighbour_passes(branched, branched_golden):
+    """As on a machine that adds in another order: the linear is compared on the values that were recorded."""
+    path, model = "blocks.0.ffn.net.2", branched["rtn"]
+    (node,) = (node for node in model.graph.nodes if node.module == path and node.target == "hif4.linear")
+    golden = dict(branched_golden["rtn"])
+    own = golden[f"side.{path}"]
+    golden[f"side.{path}"] = torch.nextafter(own, torch.full_like(own, torch.inf))
+    up = model.executor.tensors[node.args[8].index - len(model.graph.inputs)].double()
+    moved = (golden[f"side.{path}"].double() - own.double()).flatten() @ up
+    assert moved.norm() > LINEAR_ERROR * golden[f"linear.{path}"].norm()  # it would not pass on its own values
+    golden[f"linear.{path}"] = (golden[f"linear.{path}"] + moved).float()
+    result = replay(model, golden)
+    assert 0 < result.side_error <= SIDE_ERROR
+    assert result.passed
+    assert not result.identical
+
+
+def test_a_golden_file_without_a_side_branch(branched, branched_golden):
+    name = "side.blocks.0.attn1.to_q"
+    golden = {key: value for key, value in branched_golden["rtn"].items() if key != name}
+    with pytest.raises(Hif4Error, match=rf"the golden file lacks '{name}'"):
+        replay(branched["rtn"], golden)
+
+
+def test_a_side_branch_of_something_else_than_the_input(branched, branched_golden):
+    """It cannot be replayed on a row."""
+    model = branched["rtn"]
+    first, second = (
+        next(node for node in model.graph.nodes if node.module == path and node.target == "aten.linear.default")
+        for path in ("blocks.0.attn1.to_q", "blocks.1.attn1.to_q")
+    )
+    nodes = [
+        replace(node, args=(first.args[0], node.args[1])) if node is second else node for node in model.graph.nodes
+    ]
+    graph = Graph(model.graph.inputs, model.graph.tensors, nodes, model.graph.outputs)
+    values = dict(zip((item.name for item in graph.tensors), model.executor.tensors, strict=True))
+    other = CompiledTransformer(graph, values, model.config, model.dtype, model.expand_timesteps)
+    with pytest.raises(Hif4Error, match="a side branch depends on more than its linear's input"):
+        replay(other, branched_golden["rtn"])
 
 
 HOSTILE = [

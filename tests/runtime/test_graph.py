@@ -93,6 +93,12 @@ def test_operators_that_no_program_needs_are_refused(name):
         decode(change(["targets", 0], name), "graph.json")
 
 
+def test_operators_of_side_branches_are_on_the_allow_list():
+    x = torch.arange(8.0).view(2, 4)
+    assert TARGETS["aten.index_select.default"](x, -1, torch.tensor([3, 0])).tolist() == [[3, 0], [7, 4]]
+    assert torch.equal(TARGETS["aten.matmul.default"](x, x.t()), x @ x.t())
+
+
 @pytest.mark.parametrize("name", ["size.mul", "size.floordiv"])
 def test_sizes_are_whole_numbers(name):
     """Python's own operators would make a list of a billion items of `[0] * 10**9`."""
