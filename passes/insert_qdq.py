@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from hif4c.passes.program import PassResult, Precision, Program, TensorSource
+from hif4c.passes.program import PassResult, Precision, Program, TensorSource, inverse_mask
 
 __all__ = ["insert_qdq"]
 
@@ -17,7 +17,8 @@ hif4 = torch.ops.hif4
 def insert_qdq(program: Program) -> PassResult:
     """Rewrite linear(x, W, b) as linear(DQ(Q(x * m, R)), DQ(Q(W / m, R)), b); W4A16 linears keep x.
 
-    Q is `hif4::quantize`, DQ is `hif4::dequantize` to the dtype that the linear already computes in.
+    Q is `hif4::quantize`, DQ is `hif4::dequantize` to the dtype that the linear already computes in. Where the mask is
+    folded, x arrives as x * m and is quantized without it. 1/m is 0 where m is 0.
     """
     counts = {Precision.W4A4: 0, Precision.W4A16: 0}
     for linear in list(program.linears()):
@@ -30,6 +31,8 @@ def insert_qdq(program: Program) -> PassResult:
         mask = inverse = None
         if decision.mask is not None:
             mask, inverse = _mask_tensors(program, decision.mask)
+        if decision.mask_folded:
+            mask = None
         with program.graph.inserting_before(linear):
             if decision.precision == Precision.W4A4:
                 # The producer's module path: a shared quantize belongs to what made its input, not to one reader.
@@ -44,7 +47,7 @@ def insert_qdq(program: Program) -> PassResult:
 
 def _round_trip(program: Program, source: fx.Node, mask: fx.Node | None, hadamard: int, like: fx.Node) -> fx.Node:
     value = source.meta["val"]
-    planes = program.call(hif4.quantize.default, (source, mask, hadamard), like=like)
+    planes = program.call(hif4.quantize.default, (program.unrounded(source), mask, hadamard), like=like)
     codes = program.call(operator.getitem, (planes, 0), like=like)
     scales = program.call(operator.getitem, (planes, 1), like=like)
     return program.call(hif4.dequantize.default, (codes, scales, value.shape[-1], value.dtype), like=like)
@@ -56,7 +59,7 @@ def _mask_tensors(program: Program, name: str) -> tuple[fx.Node, fx.Node]:
     nodes = []
     mask = program.masks[name].to(torch.float32)
     before = program.placeholder(program.inputs[0])
-    for full_name, value in ((name, mask), (f"{name}.inverse", 1.0 / mask)):
+    for full_name, value in ((name, mask), (f"{name}.inverse", inverse_mask(mask))):
         if full_name in existing:
             nodes.append(program.placeholder(existing[full_name]))
         else:

@@ -10,13 +10,14 @@ import torch
 from torch import fx
 
 from hif4c.passes.mark_boundaries import BLOCK_PATTERN
-from hif4c.passes.program import LINEAR, Precision, Program, module_path
-from hif4c.runtime.format import packed_shapes
+from hif4c.passes.program import Decision, Precision, Program, module_path, outlier_columns
+from hif4c.runtime.format import UNIT, packed_shapes
 
 __all__ = ["Stage", "verify"]
 
 hif4 = torch.ops.hif4
-FUSED = (hif4.linear.default, hif4.linear_w4.default)
+# Positions of the weight's planes and of the side branch among the arguments.
+FUSED = {hif4.linear.default: ((2, 3), (7, 8)), hif4.linear_w4.default: ((1, 2), (8, 9))}
 
 
 class Stage(IntEnum):
@@ -88,6 +89,28 @@ def _check_planned(program: Program) -> None:
         path = program.linear_path(node) if not _reads_planes(program, node) else None
         if path is not None and path not in program.decisions:
             raise ValueError(f"{node.name} ({path}) has no decision")
+    _check_masks(program)
+
+
+def _check_masks(program: Program) -> None:
+    """Row masks fit; what is folded is folded somewhere; only quantized linears have masks and branches."""
+    row_masks = set()
+    for spec in program.tensors.values():
+        if spec.row_mask is not None:
+            row_masks.add(spec.row_mask)
+            rows = spec.shape[1] if spec.plane == "up" else spec.shape[0]
+            if spec.plane != "down" and program.masks[spec.row_mask].shape != (rows,):
+                raise ValueError(f"{spec.name} has {rows} rows, which the mask {spec.row_mask} does not fit")
+    folded = set()
+    for path, decision in program.decisions.items():
+        if not decision.quantized and (decision.mask is not None or decision.rank):
+            raise ValueError(f"{path} is not quantized, but has a mask or a low-rank branch")
+        if decision.mask_folded:
+            folded.add(decision.mask)
+            if outlier_columns(program, decision).numel():
+                raise ValueError(f"{path}: a mask with zeros is folded, so its outlier columns are lost")
+    if row_masks != folded:
+        raise ValueError(f"masks of rows and folded masks differ: {sorted(map(str, row_masks ^ folded))}")
 
 
 def _check_qdq(program: Program) -> None:
@@ -104,7 +127,7 @@ def _check_qdq(program: Program) -> None:
 
 
 def _check_packed(program: Program) -> None:
-    """No weight is quantized in the graph; planes have the shapes of the format."""
+    """No weight is quantized in the graph; planes have the shapes of the format, branches those of the decisions."""
     for node in program.graph.nodes:
         if node.target is hif4.quantize.default and node.args[0].name in program.tensors:
             raise ValueError(f"{node.name} quantizes the stored tensor {node.args[0].name} at run time")
@@ -120,8 +143,22 @@ def _check_packed(program: Program) -> None:
         raise ValueError(f"packed tensors and decisions disagree about {sorted(map(str, set(planes) ^ expected))}")
     for source, found in planes.items():
         rows, columns = found["codes"][0], 2 * found["codes"][1]
-        if tuple(map(tuple, packed_shapes((rows, columns)))) != (found["codes"], found["scales"]):
+        if tuple(map(tuple, packed_shapes((rows, columns)))) != (found["codes"], found.get("scales")):
             raise ValueError(f"{source}: planes {found} are not the two planes of one packed tensor")
+        _check_branch(program, program.decisions[str(source).removesuffix(".weight")], found)
+
+
+def _check_branch(program: Program, decision: Decision, planes: dict[str, tuple[int, ...]]) -> None:
+    """down [r, K] where the decision has a rank r; up [r + c, N] where that or the c zeros of the mask ask for it."""
+    # Padding is part of the planes but not of K; the mask and down know K.
+    rows, padded = planes["codes"][0], 2 * planes["codes"][1]
+    wide = decision.rank + outlier_columns(program, decision).numel()
+    down, up = planes.get("down"), planes.get("up")
+    fits = (down is None) if decision.rank == 0 else down is not None and down[0] == decision.rank
+    if not fits or (down is not None and not padded - UNIT < down[1] <= padded):
+        raise ValueError(f"{decision.path} has rank {decision.rank} and a weight of {rows} rows, but down is {down}")
+    if up != ((wide, rows) if wide else None):
+        raise ValueError(f"{decision.path} needs a side branch of {wide} columns for {rows} rows, but up is {up}")
 
 
 def _check_lowered(program: Program) -> None:
@@ -133,8 +170,9 @@ def _check_lowered(program: Program) -> None:
     }
     found = {
         precision: sum(node.target is target for node in program.graph.nodes)
-        for precision, target in zip(counts, (*FUSED, LINEAR), strict=True)
+        for precision, target in zip(counts, FUSED, strict=False)
     }
+    found[Precision.HIGH] = sum(1 for _ in program.linears())
     if counts != found:
         raise ValueError(f"the plan has {counts}, the graph {found}")
     _forbid(
@@ -142,6 +180,23 @@ def _check_lowered(program: Program) -> None:
         lambda node: node.target in FUSED and not BLOCK_PATTERN.match(module_path(node)),
         "is 4-bit in a boundary region",
     )
+    _check_fused(program)
+
+
+def _check_fused(program: Program) -> None:
+    """The planes that a fused linear reads are of one weight, and it has a side branch if the weight has one."""
+    branches = {spec.source for spec in program.tensors.values() if spec.plane == "up"}
+    for node in program.graph.nodes:
+        if node.target not in FUSED:
+            continue
+        planes, (side, side_weight) = FUSED[node.target]
+        read = [*planes, side_weight] if len(node.args) > side and node.args[side] is not None else [*planes]
+        specs = [program.tensors.get(node.args[position].name) for position in read]
+        found = [(None, None) if spec is None else (spec.source, spec.plane) for spec in specs]
+        source = found[0][0]
+        expected = [(source, plane) for plane in ("codes", "scales", *(["up"] if source in branches else []))]
+        if found != expected:
+            raise ValueError(f"{node.name} reads {found}, not {expected}")
 
 
 def _is_round_trip(node: object) -> bool:

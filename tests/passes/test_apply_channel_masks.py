@@ -7,20 +7,23 @@ from hif4c.passes.apply_channel_masks import apply_channel_masks
 from hif4c.passes.insert_qdq import insert_qdq
 from hif4c.passes.lower_linears import lower_linears
 from hif4c.passes.pack_weights import pack_weights
-from hif4c.passes.program import Precision
+from hif4c.passes.program import Precision, outlier_columns
 from hif4c.runtime.format import dequantize, quantize
 from tests.passes.builder import Builder, decide
 
 PATHS = ("blocks.0.attn1.to_q", "blocks.0.attn1.to_k")
 
 
-def masked_program(masks=None):
+MASKS = {"m": torch.linspace(0.25, 4, 64)}
+
+
+def masked_program(masks=MASKS):
     """q and k read one input of 64 channels."""
     build = Builder(x=(5, 64))
     outputs = [build.linear(build.inputs[0], path, 8) for path in PATHS]
     program = build.finish(*outputs)
     decide(program)
-    program.masks = masks or {"m": torch.linspace(0.25, 4, 64)}
+    program.masks = dict(masks)
     return program
 
 
@@ -49,11 +52,13 @@ def test_only_quantized_inputs_are_masked(precision, kept):
 def test_errors():
     with pytest.raises(ValueError, match=r"mask m has shape \[32\], but blocks.0.attn1.to_q has 64 input channels"):
         apply_channel_masks(masked_program({"m": torch.ones(32)}), dict.fromkeys(PATHS, "m"))
-    for bad in (0.0, -1.0, torch.inf, torch.nan):
+    for bad in (torch.inf, torch.nan, 1e-40):
         mask = torch.ones(64)
         mask[3] = bad
-        with pytest.raises(ValueError, match="mask m has values that are not positive and finite"):
+        with pytest.raises(ValueError, match="mask m has values that are not finite, or whose inverses are not"):
             apply_channel_masks(masked_program({"m": mask}), dict.fromkeys(PATHS, "m"))
+    with pytest.raises(ValueError, match="mask m is zero everywhere"):
+        apply_channel_masks(masked_program({"m": torch.zeros(64)}), dict.fromkeys(PATHS, "m"))
     with pytest.raises(ValueError, match=r"linears that do not exist: \['blocks.9.x'\]"):
         apply_channel_masks(masked_program(), {"blocks.9.x": "m"})
     masks = {"m": torch.ones(64), "other": torch.full((64,), 2.0)}
@@ -61,6 +66,21 @@ def test_errors():
         apply_channel_masks(masked_program(masks), {PATHS[0]: "m", PATHS[1]: "other"})
     with pytest.raises(ValueError, match="no mask is called 'absent'"):
         apply_channel_masks(masked_program(), dict.fromkeys(PATHS, "absent"))
+
+
+def test_zeros_and_signs_are_allowed():
+    """Zeros leave channels out on both sides; a sign is on both sides, too."""
+    mask = torch.linspace(-1, 1, 64)
+    mask[10:12] = 0
+    program = masked_program({"m": mask})
+    apply_channel_masks(program, dict.fromkeys(PATHS, "m"))
+    insert_qdq(program)
+    values = {spec.name: spec.value for spec in program.tensors.values() if spec.value is not None}
+    assert torch.equal(values["m"], mask)
+    inverse = values["m.inverse"]
+    assert torch.equal(inverse == 0, mask == 0)
+    assert torch.equal(inverse[mask != 0], 1.0 / mask[mask != 0])
+    assert torch.equal(outlier_columns(program, program.decisions[PATHS[0]]), torch.tensor([10, 11]))
 
 
 def test_masked_numbers(bound):

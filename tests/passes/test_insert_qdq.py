@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 
 from hif4c.passes.insert_qdq import insert_qdq
@@ -66,6 +68,18 @@ def test_w4a16_leaves_the_input():
     assert up.args[0].target is aten.silu.default
     assert down.args[0] is up
     verify(program, Stage.QDQ)
+
+
+def test_a_folded_mask_is_left_to_the_weight():
+    program = feed_forward(down=Precision.HIGH)
+    program.masks = {"m": torch.full((64,), 2.0)}
+    path = "blocks.0.ffn.up"
+    program.decisions[path] = replace(program.decisions[path], mask="m", mask_folded=True)
+    insert_qdq(program)
+    activation, weight = (node for node in program.graph.nodes if node.target is torch.ops.hif4.quantize.default)
+    assert activation.args[1] is None
+    assert program.tensors[weight.args[1].name].name == "m.inverse"
+    assert "m" not in {spec.name for spec in program.tensors.values()}
 
 
 def test_all_high_changes_nothing():

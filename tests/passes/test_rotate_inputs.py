@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -6,6 +8,7 @@ from hif4c.passes.lower_linears import lower_linears
 from hif4c.passes.pack_weights import pack_weights
 from hif4c.passes.program import Precision
 from hif4c.passes.rotate_inputs import rotate_inputs
+from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.format import dequantize, quantize
 from tests.passes.builder import Builder, decide
 
@@ -26,15 +29,49 @@ def test_width_zero_is_no_rotation():
     assert program.decisions["blocks.0.to_q"].hadamard == 0
 
 
-def test_rotates_what_the_width_divides_and_says_what_not():
+def test_one_width_for_all():
     program = program_of(128, 192)
-    result = rotate_inputs(program, 128)
+    result = rotate_inputs(program, 64)
+    assert (result.changed, result.notes) == (True, ["rotated the inputs of 2 linears by 64"])
+    assert [item.hadamard for item in program.decisions.values()] == [64, 64]
+
+
+def test_the_largest_width_of_each():
+    program = program_of(128, 192, 5120, 13824, 75)
+    result = rotate_inputs(program, "largest")
     assert result.changed
-    assert result.notes == [
-        "rotated the inputs of 1 linears by 128",
-        "blocks.1.to_q: not rotated, 128 does not divide its 192 input channels",
-    ]
-    assert [item.hadamard for item in program.decisions.values()] == [128, 0]
+    assert [item.hadamard for item in program.decisions.values()] == [128, 64, 1024, 512, 0]
+    assert result.notes == [f"rotated the inputs of 1 linears by {width}" for width in (64, 128, 512, 1024)]
+
+
+@pytest.mark.parametrize(
+    ("channels", "width", "message"),
+    [
+        (
+            (128, 192),
+            128,
+            "blocks.1.to_q has 192 input channels, which a rotation of width 128 does not divide; "
+            'set hadamard to a power of two from 2 to 64 or "largest".',
+        ),
+        (
+            (75,),
+            64,
+            "blocks.0.to_q has 75 input channels, which a rotation of width 64 does not divide; "
+            'set hadamard to "largest".',
+        ),
+    ],
+)
+def test_a_width_that_does_not_divide_is_refused(channels, width, message):
+    with pytest.raises(Hif4Error) as caught:
+        rotate_inputs(program_of(*channels), width)
+    assert str(caught.value) == message
+
+
+def test_only_w4a4_linears_must_fit():
+    program = program_of(128, 192)
+    path = "blocks.1.to_q"
+    program.decisions[path] = replace(program.decisions[path], precision=Precision.W4A16)
+    assert rotate_inputs(program, 128).notes == ["rotated the inputs of 1 linears by 128"]
 
 
 @pytest.mark.parametrize("precision", [Precision.HIGH, Precision.W4A16])
@@ -44,7 +81,7 @@ def test_unquantized_inputs_are_not_rotated(precision):
     assert not rotate_inputs(program, 64).changed
 
 
-@pytest.mark.parametrize("width", [1, 3, 48, 2048, -64])
+@pytest.mark.parametrize("width", [1, 3, 48, 2048, -64, "widest"])
 def test_bad_widths(width):
     with pytest.raises(ValueError, match=f"rotation width {width} is not a power of two in"):
         rotate_inputs(program_of(64), width)

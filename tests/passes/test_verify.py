@@ -8,6 +8,7 @@ import torch
 
 from hif4c.compiler import pipeline
 from hif4c.compiler.recipe import Recipe
+from hif4c.passes.add_side_branches import add_side_branches
 from hif4c.passes.insert_qdq import insert_qdq
 from hif4c.passes.lower_linears import lower_linears
 from hif4c.passes.mark_boundaries import mark_boundaries
@@ -202,11 +203,84 @@ def test_lowered_no_fused_linear_in_a_boundary():
     breaks(program, Stage.LOWERED, fused.name, "is 4-bit in a boundary region")
 
 
+def branched(stage, rank=2):
+    """As `program_at`, with a low-rank branch and outlier columns in the 4-bit linear."""
+    program = program_at(Stage.PLANNED)
+    mask = torch.ones(64)
+    mask[5] = 0
+    program.masks["m"] = mask
+    program.decisions[PATH] = replace(program.decisions[PATH], rank=rank, mask="m")
+    insert_qdq(program)
+    add_side_branches(program)
+    verify(program, Stage.QDQ)
+    if stage >= Stage.PACKED:
+        pack_weights(program)
+    if stage >= Stage.LOWERED:
+        lower_linears(program)
+    verify(program, stage)
+    return program
+
+
+def test_planned_only_quantized_linears_have_masks_and_branches():
+    for change in ({"mask": "m"}, {"rank": 2}):
+        program = program_at(Stage.PLANNED)
+        program.masks["m"] = torch.ones(64)
+        program.decisions["proj_out"] = replace(program.decisions["proj_out"], **change)
+        breaks(program, Stage.PLANNED, "proj_out is not quantized, but has a mask or a low-rank branch")
+
+
+def test_planned_what_is_folded_is_folded_somewhere():
+    program = program_at(Stage.PLANNED)
+    program.masks["m"] = torch.ones(64)
+    program.decisions[PATH] = replace(program.decisions[PATH], mask="m", mask_folded=True)
+    breaks(program, Stage.PLANNED, "masks of rows and folded masks differ: ['m']")
+    bias = "t_blocks_0_to_q_bias"
+    program.tensors[bias] = replace(program.tensors[bias], row_mask="m")
+    verify(program, Stage.PLANNED)
+    program.masks["m"][3] = 0
+    breaks(program, Stage.PLANNED, f"{PATH}: a mask with zeros is folded")
+    program.masks["m"] = torch.ones(128)
+    breaks(program, Stage.PLANNED, f"{PATH}.bias has 64 rows, which the mask m does not fit")
+
+
+def test_packed_branches_are_those_of_the_decisions():
+    program = branched(Stage.PACKED)
+    program.decisions[PATH] = replace(program.decisions[PATH], rank=3)
+    breaks(program, Stage.PACKED, f"{PATH} has rank 3 and a weight of 64 rows, but down is (2, 64)")
+    program = branched(Stage.PACKED)
+    program.decisions[PATH] = replace(program.decisions[PATH], rank=0)
+    breaks(program, Stage.PACKED, f"{PATH} has rank 0")
+    program = branched(Stage.PACKED)
+    program.masks["m"][6] = 0
+    breaks(program, Stage.PACKED, f"{PATH} needs a side branch of 4 columns for 64 rows, but up is (3, 64)")
+    program = program_at(Stage.PACKED)
+    program.masks["m"] = torch.zeros(64)
+    program.decisions[PATH] = replace(program.decisions[PATH], mask="m")
+    breaks(program, Stage.PACKED, f"{PATH} needs a side branch of 64 columns for 64 rows, but up is None")
+
+
+def test_lowered_the_branch_is_read():
+    program = branched(Stage.LOWERED)
+    fused = find(program, hif4.linear.default)
+    fused.args = (*fused.args[:7], None, None)
+    source = f"'{PATH}.weight'"
+    breaks(program, Stage.LOWERED, f"{fused.name} reads [({source}, 'codes'), ({source}, 'scales')], not", "'up')]")
+
+
+def test_lowered_planes_are_of_one_weight():
+    program = program_at(Stage.LOWERED)
+    fused = find(program, hif4.linear.default)
+    fused.args = (*fused.args[:2], fused.args[3], fused.args[2], *fused.args[4:])
+    source = f"'{PATH}.weight'"
+    breaks(program, Stage.LOWERED, f"{fused.name} reads [({source}, 'scales'), ({source}, 'codes')], not")
+
+
 def plan_of(program):
-    """What make_plan would return, as far as the passes look at it."""
+    """The choices of a recipe without calibration, as far as the passes look at them."""
     chosen = {PATH: Precision.W4A4, "proj_out": Precision.HIGH}
     paths = [program.linear_path(node) for node in program.linears()]
-    return SimpleNamespace(decisions=[Decision(path, chosen[path], "test") for path in paths])
+    plan = SimpleNamespace(decisions=[Decision(path, chosen[path], "test") for path in paths])
+    return SimpleNamespace(plan=plan, masks={}, mask_of={}, shifts={}, shift_of={})
 
 
 def test_the_pipeline_runs_all_passes_in_order_or_stops():
