@@ -7,7 +7,6 @@ import dataclasses
 import importlib.metadata
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,19 +17,30 @@ from typing import Any
 
 import torch
 
+from hif4c.compiler.calibration import Calibration, ExpertCalibration
+from hif4c.compiler.calibration_run import CalibrationOptions, run_calibration
 from hif4c.compiler.capture import build_transformer, capture
 from hif4c.compiler.checkpoint import Checkpoint
+from hif4c.compiler.choose import Choices, choose
 from hif4c.compiler.components import copy_components
 from hif4c.compiler.emit import to_graph
+from hif4c.compiler.linear_error import linear_sqnr
 from hif4c.compiler.locate import ModelLocation, locate_model
+from hif4c.compiler.masks import rotated
 from hif4c.compiler.models import WanConfig
-from hif4c.compiler.pack import write_weights
+from hif4c.compiler.pack import InputStatistics, Planes, prepared_weight, write_weights
 from hif4c.compiler.pipeline import PassRecord, run_passes
 from hif4c.compiler.plan import ExpertPlan, make_plan
 from hif4c.compiler.recipe import DEFAULT_RECIPE, Recipe, load_recipe
 from hif4c.compiler.report import write_report
 from hif4c.compiler.sampling_defaults import sampling_defaults
-from hif4c.passes.program import Program
+from hif4c.compiler.solve import solve
+from hif4c.compiler.staging import staged_directory
+from hif4c.compiler.steps import choose_ranges, measure_steps
+from hif4c.passes.program import Program, TensorSource
+from hif4c.passes.relax_activations import relax_activations
+from hif4c.passes.verify import Stage
+from hif4c.passes.verify import verify as verify_program
 from hif4c.runtime.artifact import (
     FORMAT,
     FORMAT_VERSION,
@@ -42,7 +52,7 @@ from hif4c.runtime.artifact import (
 )
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.golden import make_golden
-from hif4c.runtime.graph import DTYPE_NAMES, TARGETS, encode
+from hif4c.runtime.graph import DTYPE_NAMES, TARGETS, Graph, encode
 from hif4c.runtime.native import is_available
 from hif4c.runtime.safetensors_stream import StreamingWriter, TensorSpec
 from hif4c.runtime.transformer import load_expert
@@ -51,6 +61,8 @@ __all__ = ["CompileOptions", "compile_model", "resolve_recipes"]
 
 log = logging.getLogger(__name__)
 DTYPE = torch.bfloat16
+SMALL_MODEL_BYTES = 2_000_000_000
+"""Models up to this size are calibrated by `compile` itself where a recipe needs it."""
 COMPONENT_MODES = ("copy", "link", "none")
 
 
@@ -63,16 +75,18 @@ class CompileOptions:
         components: what to do with the rest of the pipeline: "copy", "link" (hard links, no extra disk), "none".
         golden: record golden outputs (one small forward an expert).
         revision: revision of a hub model.
+        calibration: file of `hif4c calibrate`. Without one, a recipe that needs it calibrates a small model itself.
     """
 
     recipes: Mapping[str, Recipe]
     components: str = "copy"
     golden: bool = True
     revision: str | None = None
+    calibration: Path | None = None
 
 
 Events = Callable[[str, Any], None]
-"""Called with (event, value): "step" sentence, "total" bytes to read, "bytes" bytes read, "pass" PassRecord."""
+"""Called with (event, value): "step" sentence, "note" sentence, "pass" PassRecord; "total", "bytes" of a long step."""
 
 
 def resolve_recipes(experts: list[str], chosen: list[str], only: list[str]) -> dict[str, Recipe]:
@@ -112,32 +126,29 @@ def compile_model(model: str, output: str | os.PathLike[str], options: CompileOp
         Hif4Error: bad input of any kind, or a full disk.
     """
     target = Path(output)
-    if target.exists() or target.is_symlink():
-        raise Hif4Error(f"{target}: already exists; choose another name, or remove it first.")
     if options.components not in COMPONENT_MODES:
         raise Hif4Error(f"components {options.components!r}: choose one of {', '.join(COMPONENT_MODES)}.")
-    location = locate_model(model, revision=options.revision, expert_files_only=options.components == "none")
+    own = options.calibration is None and any(recipe.needs_calibration for recipe in options.recipes.values())
+    whole = own or options.components != "none"
+    location = locate_model(model, revision=options.revision, expert_files_only=not whole)
     plans = {name: make_plan(location.configs[name], recipe, DTYPE) for name, recipe in options.recipes.items()}
-    with _opened(location, list(options.recipes)) as checkpoints, _staging(target) as staging:
-        events("total", sum(checkpoint.total_bytes for checkpoint in checkpoints.values()))
+    with _opened(location, list(options.recipes)) as checkpoints, staged_directory(target, "compiling") as staging:
         # First: what is missing there should be said before the long part.
         if options.components != "none" and location.layout == "diffusers":
             events("step", "copying the rest of the pipeline")
             copy_components(location.root, staging / "pipeline", link=options.components == "link")
-        experts: dict[str, Any] = {}
-        files: dict[str, tuple[int, str]] = {}
-        programs: dict[tuple[WanConfig, Recipe], Program] = {}
-        for name, recipe in options.recipes.items():
-            config = location.configs[name]
-            if (config, recipe) not in programs:
-                # Experts of one config and recipe have one program; only their weights differ.
-                events("step", f"capturing {name}")
-                programs[config, recipe] = _transform(config, plans[name], recipe, location, events)
-            events("step", f"packing {name}")
-            program = programs[config, recipe]
-            written, fingerprint = _write_expert(program, checkpoints[name], staging / name, events)
-            files |= {f"{name}/{file}": entry for file, entry in written.items()}
-            experts[name] = _expert_entry(config, recipe, plans[name], program, fingerprint)
+        with contextlib.ExitStack() as stack:
+            scratch = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}."))
+            )
+            calibration = _find_calibration(location, options, own, scratch, checkpoints, events)
+            if calibration is not None:
+                stack.enter_context(calibration)
+            build = _Build(location, options, calibration, staging, scratch, events)
+            for name in options.recipes:
+                build.expert(name, plans[name], checkpoints[name])
+            build.choose_steps()
+            experts, files = build.experts, build.files
         _write_manifest(staging, location, experts, files)
         if options.golden:
             events("step", "recording golden outputs")
@@ -157,15 +168,169 @@ def compile_model(model: str, output: str | os.PathLike[str], options: CompileOp
     return target
 
 
-def _transform(config: WanConfig, plan: ExpertPlan, recipe: Recipe, location: ModelLocation, events: Events) -> Program:
-    program = capture(config, DTYPE, location.pipeline.expand_timesteps)
+class _Build:
+    """The experts of an artifact in the making: programs, weight files and what the manifest says of them."""
 
-    def on_pass(record: PassRecord, _: Program) -> None:
-        events("pass", record)
-        log.info("%s: %s", record.name, "; ".join(record.notes))
+    def __init__(
+        self,
+        location: ModelLocation,
+        options: CompileOptions,
+        calibration: Calibration | None,
+        staging: Path,
+        scratch: Path,
+        events: Events,
+    ) -> None:
+        self.experts: dict[str, Any] = {}
+        self.files: dict[str, tuple[int, str]] = {}
+        self._location, self._options, self._calibration = location, options, calibration
+        self._staging, self._scratch, self._events = staging, scratch, events
+        self._captured: dict[WanConfig, Program] = {}
 
-    run_passes(program, plan, recipe, on_pass=on_pass)
-    return program
+    def expert(self, name: str, plan: ExpertPlan, checkpoint: Checkpoint) -> None:
+        """Resolve the recipe, transform the program, and write graph and weights of one expert."""
+        recipe, events = self._options.recipes[name], self._events
+        known = None if self._calibration is None else self._calibration.experts.get(name)
+        used = known if recipe.needs_calibration else None
+        if recipe.needs_calibration:
+            events("step", f"choosing for {name}")
+        choices = choose(plan, recipe, used, checkpoint)
+        for note in choices.notes:
+            events("note", note)
+        program = self._transform(name, choices, recipe)
+        folder = self._staging / name
+        folder.mkdir()
+        graph = _write_graph(program, folder / "graph.json")
+        if recipe.bf16_steps:
+            relaxed = program.copy()
+            relax_activations(relaxed)
+            verify_program(relaxed, Stage.LOWERED)
+            _write_graph(relaxed, folder / "graph.bf16.json")
+        solved = None
+        if recipe.rounding == "gptq" and used is not None:
+            events("step", f"rounding {name} on its calibration calls (GPTQ)")
+            events("total", sum(8 * linear.plane_bytes for linear in choices.plan.linears if linear.decision.quantized))
+            calls = [call for call, _ in used.calls()]
+            (self._scratch / name).mkdir()
+            solved = solve(program, graph, checkpoint, calls, self._scratch / name, lambda size: events("bytes", size))
+        events("step", f"packing {name}")
+        events("total", checkpoint.total_bytes)
+        measured: dict[str, float] = {}
+
+        def measure(source: TensorSource, planes: Planes) -> None:
+            if used is not None:
+                path = str(source.source).removesuffix(".weight")
+                rows = _rows_of(path, used, program)
+                if rows is not None:
+                    weight = prepared_weight(source, checkpoint.read(str(source.source)), program)
+                    mask = None if source.mask is None else program.masks[source.mask]
+                    measured[path] = linear_sqnr(program.decisions[path], rows, weight, planes, mask)
+
+        def energy(source: TensorSource) -> InputStatistics | None:
+            rows = None if used is None else _rows_of(str(source.source).removesuffix(".weight"), used, program)
+            if rows is None:
+                return None
+            mask = None if source.mask is None else program.masks[source.mask]
+            return InputStatistics(rotated(rows, mask, source.hadamard).square().mean(0), len(rows))
+
+        written, fingerprint = write_weights(
+            program, checkpoint, folder, lambda size: events("bytes", size),
+            solved=(lambda source: None) if solved is None else solved.get, statistics=energy, on_planes=measure,
+        )  # fmt: skip
+        self.files |= {f"{name}/{file}": entry for file, entry in written.items()}
+        config = self._location.configs[name]
+        self.experts[name] = _expert_entry(config, recipe, choices, program, fingerprint, measured)
+        if used is not None and self._calibration is not None:
+            self.experts[name]["calibration"] = {"sha256": self._calibration.digest(), "runs": self._calibration.runs}
+
+    def choose_steps(self) -> None:
+        """Let both programs of every expert predict the calibration's calls, and choose the steps for the second."""
+        shares = {name: recipe.bf16_steps for name, recipe in self._options.recipes.items() if recipe.bf16_steps}
+        if not shares:
+            return
+        assert self._calibration is not None
+        self._events("step", "choosing the steps with bf16 activations")
+        names = list(shares)
+        self._events("total", sum(self._calibration.experts[name].call_count for name in names))
+        # The loader wants a manifest; the final one is written when all is known.
+        _write_manifest(self._staging, self._location, self.experts, dict(self.files))
+        artifact = open_artifact(self._staging)
+        errors = [
+            error
+            for name in names
+            for error in measure_steps(
+                name,
+                load_expert(artifact, name, verify=False),
+                self._calibration.experts[name],
+                lambda count: self._events("bytes", count),
+            )
+        ]
+        for share in sorted(set(shares.values())):
+            ranges = choose_ranges(errors, share)
+            for name in names:
+                if shares[name] == share:
+                    self.experts[name]["bf16_timesteps"] = [list(item) for item in ranges[name]]
+        for name in names:
+            mine = [error for error in errors if error.expert == name]
+            self.experts[name]["step_errors"] = [
+                {"timestep": item.timestep, "w4a4": item.w4a4, "w4a16": item.w4a16} for item in mine
+            ]
+            for low, high in self.experts[name]["bf16_timesteps"]:
+                self._events("note", f"{name}: bf16 activations at timesteps {low:g} to {high:g}")
+
+    def _transform(self, name: str, choices: Choices, recipe: Recipe) -> Program:
+        config = self._location.configs[name]
+        if config not in self._captured:
+            # Experts of one config have one captured program; weights and what is chosen for them differ.
+            self._events("step", f"capturing {name}")
+            self._captured[config] = capture(config, DTYPE, self._location.pipeline.expand_timesteps)
+        program = self._captured[config].copy()
+
+        def on_pass(record: PassRecord, _: Program) -> None:
+            self._events("pass", record)
+            log.info("%s: %s", record.name, "; ".join(record.notes))
+
+        run_passes(program, choices, recipe, on_pass=on_pass)
+        return program
+
+
+def _rows_of(path: str, calibration: ExpertCalibration, program: Program) -> torch.Tensor | None:
+    """Calibration rows of a linear's input as it arrives, without a mask, float32; None where it was not calibrated."""
+    group = next((group for group in calibration.groups.values() if path in group.readers), None)
+    if group is None:
+        return None
+    rows = calibration.rows(group.name).float()
+    shift = program.decisions[path].shift
+    return rows if shift is None else rows - program.shifts[shift]
+
+
+def _find_calibration(
+    location: ModelLocation,
+    options: CompileOptions,
+    own: bool,
+    scratch: Path,
+    checkpoints: Mapping[str, Checkpoint],
+    events: Events,
+) -> Calibration | None:
+    """The calibration that was given, checked against the weights; or one made here for a small model."""
+    needy = [name for name, recipe in options.recipes.items() if recipe.needs_calibration]
+    if not needy:
+        return None
+    if own:
+        size = sum(checkpoint.total_bytes for checkpoint in checkpoints.values())
+        if size > SMALL_MODEL_BYTES:
+            names = ", ".join(sorted({options.recipes[name].name for name in needy}))
+            raise Hif4Error(
+                f"recipe {names} needs a calibration; make one with `hif4c calibrate {location.source} -o FILE` and "
+                "give --calibration FILE, or choose a recipe without (--recipe rotate, --recipe rtn)."
+            )
+        events("step", "calibrating (a small model; others take --calibration)")
+        run_calibration(location, scratch / "calibration.safetensors", CalibrationOptions(), events)
+        return Calibration(scratch / "calibration.safetensors")
+    assert options.calibration is not None
+    calibration = Calibration(options.calibration)
+    for name in needy:
+        calibration.check(name, checkpoints[name].fingerprint())
+    return calibration
 
 
 @contextlib.contextmanager
@@ -182,52 +347,39 @@ def _opened(location: ModelLocation, names: list[str]) -> Iterator[dict[str, Che
         yield checkpoints
 
 
-@contextlib.contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A directory beside the target, removed again unless it was renamed away; so are parents that it had to make."""
-    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        staging.chmod(0o755)
-    except OSError as error:
-        raise Hif4Error(f"{target.parent}: cannot be written ({error.strerror}).") from None
-    try:
-        yield staging
-    except OSError as error:
-        where = error.filename or target
-        raise Hif4Error(f"{where}: reading or writing failed while compiling ({error.strerror}).") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()  # only if nothing was put there
-
-
-def _write_expert(
-    program: Program, checkpoint: Checkpoint, folder: Path, events: Events
-) -> tuple[dict[str, tuple[int, str]], str]:
-    """Write graph and weights of one expert; returns weight file -> (bytes, sha256), and the weights' fingerprint."""
+def _write_graph(program: Program, path: Path) -> Graph:
+    """Write a lowered program as graph.json."""
     graph = to_graph(program)
     if unknown := sorted({node.target for node in graph.nodes} - TARGETS.keys()):
         raise Hif4Error(
             f"the traced model uses operators that artifacts do not have: {', '.join(unknown)}; "
             "compile with the versions of torch and diffusers in constraints.txt."
         )
-    folder.mkdir()
-    (folder / "graph.json").write_bytes(encode(graph))
-    return write_weights(program, checkpoint, folder, lambda size: events("bytes", size))
+    path.write_bytes(encode(graph))
+    return graph
 
 
 def _expert_entry(
-    config: WanConfig, recipe: Recipe, plan: ExpertPlan, program: Program, fingerprint: str
+    config: WanConfig,
+    recipe: Recipe,
+    choices: Choices,
+    program: Program,
+    fingerprint: str,
+    measured: Mapping[str, float],
 ) -> dict[str, Any]:
     """What the manifest says of one expert."""
     linears = []
-    for linear in plan.linears:
+    for linear in choices.plan.linears:
         decision = program.decisions[linear.decision.path]
-        sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
-        linears.append({**dataclasses.asdict(decision), **sizes})
+        entry = {**dataclasses.asdict(decision), "in_features": linear.in_features, "out_features": linear.out_features}
+        if decision.path in measured:
+            entry["sqnr"] = measured[decision.path]
+        if decision.path in choices.errors:
+            entry["errors"] = dict(choices.errors[decision.path])
+        if decision.mask is not None:
+            entry["alpha"] = choices.alphas[decision.mask]
+            entry["outlier_columns"] = int((program.masks[decision.mask] == 0).sum())
+        linears.append(entry)
     return {
         "config": config.to_dict(),
         "dtype": DTYPE_NAMES[DTYPE],
@@ -272,11 +424,14 @@ def _write_golden(staging: Path) -> None:
     artifact = open_artifact(staging)
     (staging / "golden").mkdir()
     for name in artifact.experts:
-        golden = make_golden(load_expert(artifact, name, verify=False))
-        specs = [TensorSpec(key, value.dtype, tuple(value.shape)) for key, value in golden.items()]
-        with StreamingWriter(staging / "golden", specs, base_name=name) as writer:
-            for key, value in golden.items():
-                writer.write(key, value)
+        expert = load_expert(artifact, name, verify=False)
+        for variant in (None, *artifact.variants(name)):
+            golden = make_golden(expert.variant(variant))
+            specs = [TensorSpec(key, value.dtype, tuple(value.shape)) for key, value in golden.items()]
+            base_name = name if variant is None else f"{name}.{variant}"
+            with StreamingWriter(staging / "golden", specs, base_name=base_name) as writer:
+                for key, value in golden.items():
+                    writer.write(key, value)
 
 
 def _verify_in_fresh_process(staging: Path) -> None:

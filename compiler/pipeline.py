@@ -6,10 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hif4c.compiler.plan import ExpertPlan
+from hif4c.compiler.choose import Choices
 from hif4c.compiler.recipe import Recipe
+from hif4c.passes.add_side_branches import add_side_branches
 from hif4c.passes.apply_channel_masks import apply_channel_masks
 from hif4c.passes.choose_precision import choose_precision
+from hif4c.passes.fold_channel_masks import fold_channel_masks
+from hif4c.passes.fold_channel_shifts import fold_channel_shifts
 from hif4c.passes.fold_high_precision import fold_high_precision
 from hif4c.passes.functionalize_rotary import functionalize_rotary
 from hif4c.passes.fuse_activation import fuse_activation
@@ -22,24 +25,40 @@ from hif4c.passes.remove_noops import remove_noops
 from hif4c.passes.rotate_inputs import rotate_inputs
 from hif4c.passes.share_quantized_inputs import share_quantized_inputs
 from hif4c.passes.verify import Stage, verify
+from hif4c.runtime.errors import Hif4Error
 
 __all__ = ["PASS_NAMES", "PassRecord", "run_passes"]
 
-Pass = Callable[[Program, ExpertPlan, Recipe], PassResult]
+Pass = Callable[[Program, Choices, Recipe], PassResult]
 
 PIPELINE: tuple[tuple[str, Pass, Stage], ...] = (
-    ("remove_noops", lambda program, plan, recipe: remove_noops(program), Stage.CAPTURED),
-    ("functionalize_rotary", lambda program, plan, recipe: functionalize_rotary(program), Stage.FUNCTIONAL),
-    ("mark_boundaries", lambda program, plan, recipe: mark_boundaries(program), Stage.FUNCTIONAL),
-    ("choose_precision", lambda program, plan, recipe: choose_precision(program, plan.decisions), Stage.PLANNED),
-    ("apply_channel_masks", lambda program, plan, recipe: apply_channel_masks(program), Stage.PLANNED),
-    ("rotate_inputs", lambda program, plan, recipe: rotate_inputs(program, recipe.hadamard), Stage.PLANNED),
-    ("insert_qdq", lambda program, plan, recipe: insert_qdq(program), Stage.QDQ),
-    ("share_quantized_inputs", lambda program, plan, recipe: share_quantized_inputs(program), Stage.QDQ),
-    ("pack_weights", lambda program, plan, recipe: pack_weights(program), Stage.PACKED),
-    ("lower_linears", lambda program, plan, recipe: lower_linears(program), Stage.LOWERED),
-    ("fuse_activation", lambda program, plan, recipe: fuse_activation(program), Stage.LOWERED),
-    ("fold_high_precision", lambda program, plan, recipe: fold_high_precision(program), Stage.LOWERED),
+    ("remove_noops", lambda program, choices, recipe: remove_noops(program), Stage.CAPTURED),
+    ("functionalize_rotary", lambda program, choices, recipe: functionalize_rotary(program), Stage.FUNCTIONAL),
+    ("mark_boundaries", lambda program, choices, recipe: mark_boundaries(program), Stage.FUNCTIONAL),
+    (
+        "choose_precision",
+        lambda program, choices, recipe: choose_precision(program, choices.plan.decisions),
+        Stage.PLANNED,
+    ),
+    (
+        "fold_channel_shifts",
+        lambda program, choices, recipe: fold_channel_shifts(program, choices.shift_of),
+        Stage.PLANNED,
+    ),
+    (
+        "apply_channel_masks",
+        lambda program, choices, recipe: apply_channel_masks(program, dict(choices.mask_of)),
+        Stage.PLANNED,
+    ),
+    ("rotate_inputs", lambda program, choices, recipe: rotate_inputs(program, recipe.hadamard), Stage.PLANNED),
+    ("fold_channel_masks", lambda program, choices, recipe: fold_channel_masks(program), Stage.PLANNED),
+    ("insert_qdq", lambda program, choices, recipe: insert_qdq(program), Stage.QDQ),
+    ("share_quantized_inputs", lambda program, choices, recipe: share_quantized_inputs(program), Stage.QDQ),
+    ("add_side_branches", lambda program, choices, recipe: add_side_branches(program), Stage.QDQ),
+    ("pack_weights", lambda program, choices, recipe: pack_weights(program), Stage.PACKED),
+    ("lower_linears", lambda program, choices, recipe: lower_linears(program), Stage.LOWERED),
+    ("fuse_activation", lambda program, choices, recipe: fuse_activation(program), Stage.LOWERED),
+    ("fold_high_precision", lambda program, choices, recipe: fold_high_precision(program), Stage.LOWERED),
 )
 """(name, pass, the stage whose rules hold after it)."""
 
@@ -59,7 +78,7 @@ class PassRecord:
 
 def run_passes(
     program: Program,
-    plan: ExpertPlan,
+    choices: Choices,
     recipe: Recipe,
     *,
     stop_after: str | None = None,
@@ -69,23 +88,28 @@ def run_passes(
 
     Args:
         program: changed in place.
-        plan: the decisions.
+        choices: the plan's decisions, masks and shifts.
         recipe: what the passes are driven by.
         stop_after: name of the last pass to run, None for all.
         on_pass: called after every pass.
 
     Raises:
+        Hif4Error: the recipe does not fit the model.
         ValueError: a pass broke a rule; the message names the pass and those before it.
     """
     if stop_after is not None and stop_after not in PASS_NAMES:
         raise ValueError(f"no pass is called {stop_after}")
     verify(program, Stage.CAPTURED)
+    program.masks |= choices.masks
+    program.shifts |= choices.shifts
     records: list[PassRecord] = []
     for name, transform, stage in PIPELINE:
         started = time.perf_counter()
         try:
-            result = transform(program, plan, recipe)
+            result = transform(program, choices, recipe)
             verify(program, stage)
+        except Hif4Error:
+            raise
         except Exception as error:
             before = ", ".join(record.name for record in records) or "none"
             raise ValueError(f"pass {name} failed: {error} (passes before it: {before})") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -18,7 +18,7 @@ from hif4c.passes.program import Decision, Precision
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.format import UNIT, packed_shapes
 
-__all__ = ["ExpertPlan", "PlannedLinear", "make_plan"]
+__all__ = ["ExpertPlan", "PlannedLinear", "branch_bytes", "make_plan"]
 
 BOUNDARY_REASONS = {
     "condition_embedder.time_embedder": "boundary: timestep embedding",
@@ -37,6 +37,17 @@ class PlannedLinear:
     out_features: int
     bytes_before: int
     bytes_after: int
+
+    @property
+    def plane_bytes(self) -> int:
+        """Bytes of the weight's planes, were it quantized."""
+        codes, scales = packed_shapes((self.out_features, self.in_features))
+        return math.prod(codes) + math.prod(scales)
+
+
+def branch_bytes(linear: PlannedLinear, rank: int, columns: int) -> int:
+    """Bytes of a side branch in bf16: down [rank, in], up [rank + columns, out]."""
+    return 2 * (rank * linear.in_features + (rank + columns) * linear.out_features)
 
 
 @dataclass(frozen=True)
@@ -87,15 +98,25 @@ def make_plan(config: WanConfig, recipe: Recipe, dtype: torch.dtype = torch.bflo
         precision, reason = _decide(path, module.in_features, recipe)
         bias = 0 if module.bias is None else module.bias.numel() * size
         before = module.weight.numel() * size + bias
-        after = before
-        if precision != Precision.HIGH:
-            codes, scales = packed_shapes(module.weight.shape)
-            after = math.prod(codes) + math.prod(scales) + bias
-        linears.append(
-            PlannedLinear(Decision(path, precision, reason), module.in_features, module.out_features, before, after)
+        linear = PlannedLinear(
+            Decision(path, precision, reason), module.in_features, module.out_features, before, before
         )
+        linears.append(linear if precision == Precision.HIGH else _quantized(linear, bias, recipe))
     total = sum(parameter.numel() for parameter in model.parameters()) * size
     return ExpertPlan(tuple(linears), total - sum(linear.bytes_before for linear in linears))
+
+
+def _quantized(linear: PlannedLinear, bias_bytes: int, recipe: Recipe) -> PlannedLinear:
+    """With the recipe's rounding and side branch, and the bytes that planes and branch take."""
+    if recipe.rank > min(linear.in_features, linear.out_features):
+        raise Hif4Error(
+            f"recipe {recipe.name}: rank {recipe.rank} is more than {linear.decision.path} has, a weight of "
+            f"{linear.out_features} x {linear.in_features}."
+        )
+    decision = replace(linear.decision, rank=recipe.rank, rounding=recipe.rounding)
+    columns = recipe.outlier_columns if decision.precision == Precision.W4A4 else 0
+    after = linear.plane_bytes + branch_bytes(linear, recipe.rank, columns) + bias_bytes
+    return replace(linear, decision=decision, bytes_after=after)
 
 
 def _decide(path: str, in_features: int, recipe: Recipe) -> tuple[str, str]:

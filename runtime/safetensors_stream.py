@@ -225,11 +225,13 @@ class TensorFile:
     """One safetensors file, memory-mapped after its header has been checked against the file.
 
     `read` gives views of the map, not copies: treat them as read-only. (Writing to one changes private pages of this
-    process, never the file.) Views stay valid after `close`; the map goes when the last of them does.
+    process, never the file.) Views stay valid after `close`; the map goes when the last of them does. `metadata` is the
+    header's own, unchecked but for its being text.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.metadata: dict[str, str] = {}
         try:
             with open(self.path, "rb") as file:
                 self._size = os.fstat(file.fileno()).st_size
@@ -304,6 +306,7 @@ class TensorFile:
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise self._bad("has a __metadata__ that does not map strings to strings")
+        self.metadata = metadata
         entries = sorted((self._parse_entry(name, entry) for name, entry in header.items()), key=lambda e: e[1:])
         position = 0
         for spec, begin, end in entries:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from hif4c.tools.bench import app as bench
+from hif4c.tools.calibrate import calibrate
 from hif4c.tools.compile import compile_command
 from hif4c.tools.console import run
 from hif4c.tools.evaluate import evaluate
@@ -35,9 +36,16 @@ A first round, with the small model that ships with hif4c:
 
   hif4c evaluate tiny.hif4 --against wan-tiny
 
+A large model is calibrated first, by sampling on a GPU or from clips:
+
+  hif4c calibrate MODEL -o calib.safetensors
+
+  hif4c compile MODEL --calibration calib.safetensors -o OUT
+
 MODEL is a diffusers directory (or Wan's own layout), a built-in name, or a hub id.""",
 )
 app.command("plan")(plan)
+app.command("calibrate")(calibrate)
 app.command("compile")(compile_command)
 app.command("verify")(verify)
 app.command("sample")(sample)

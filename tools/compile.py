@@ -25,6 +25,9 @@ def compile_command(
     recipe: Annotated[
         list[str] | None, typer.Option(help="Recipe name or .toml file; EXPERT=RECIPE for one expert. Repeatable.")
     ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File of `hif4c calibrate`. Without: a small model is calibrated on the way.")
+    ] = None,
     expert: Annotated[list[str] | None, typer.Option(help="Only this expert. Repeatable.")] = None,
     components: Annotated[
         str, typer.Option(help="Text encoder, VAE and the rest: copy, link (hard links) or none.")
@@ -43,7 +46,8 @@ def compile_command(
 
     started = time.perf_counter()
     experts = list(describe_model(model, revision=revision).configs)
-    options = CompileOptions(resolve_recipes(experts, recipe or [], expert or []), components, golden, revision)
+    recipes = resolve_recipes(experts, recipe or [], expert or [])
+    options = CompileOptions(recipes, components, golden, revision, calibration)
     with Reporter.make_progress() as progress:
         path = compile_model(model, output, options, Reporter(progress))
     console.print(render_report(open_artifact(path))[0])

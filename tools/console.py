@@ -31,7 +31,17 @@ __all__ = [
 ]
 
 # What the runtime alone does without (see the extras in pyproject.toml).
-OPTIONAL_PACKAGES = ("PIL", "accelerate", "diffusers", "ftfy", "huggingface_hub", "imageio", "scipy", "transformers")
+OPTIONAL_PACKAGES = (
+    "PIL",
+    "accelerate",
+    "diffusers",
+    "ftfy",
+    "huggingface_hub",
+    "imageio",
+    "matplotlib",
+    "scipy",
+    "transformers",
+)
 MAX_SEED = 2**63 - 2**32  # torch's generators take 64-bit seeds; this leaves room for one seed a clip
 # Into a pipe or file, tables take the width they need instead of 80 columns.
 # A path may hold ":smile:"; what was typed is what is printed.
@@ -105,10 +115,11 @@ def progress_bar(description: str, total: float | None) -> Iterator[Callable[[fl
 
 @dataclass
 class Reporter:
-    """Shows the events of a compile: a line a step, and one bar over the bytes of the checkpoint."""
+    """Shows the events of a compile or a calibration: a line a step, and a bar for each step that is long."""
 
     progress: Progress
     task: TaskID | None = None
+    step: str = "reading"
 
     @staticmethod
     def make_progress() -> Progress:
@@ -127,11 +138,14 @@ class Reporter:
     def __call__(self, event: str, value: Any) -> None:
         """Take one event of `hif4c.compiler.compile.Events`."""
         if event == "total":
-            self.task = self.progress.add_task("weights", total=value)
+            self.task = self.progress.add_task(self.step, total=value)
         elif event == "bytes" and self.task is not None:
             self.progress.advance(self.task, value)
         elif event == "step":
+            self.step = value
             self.progress.console.print(f"  {value}", highlight=False, markup=False)
+        elif event == "note":
+            self.progress.console.print(f"    [dim]{escape(value)}[/]", highlight=False)
         elif event == "pass":
             for note in value.notes:
                 self.progress.console.print(f"    [dim]{value.name}: {escape(note)}[/]", highlight=False)

@@ -1,0 +1,208 @@
+"""Calibration as an interpretation of the captured program: one pass over the checkpoint, one layer of it in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from hif4c.compiler.calibration import (
+    MAX_ROWS,
+    Group,
+    expert_entry,
+    thin,
+    write_calibration,
+    write_calls,
+    write_group,
+)
+from hif4c.compiler.calibration_inputs import Call
+from hif4c.compiler.capture import capture
+from hif4c.compiler.checkpoint import Checkpoint, Fingerprint
+from hif4c.compiler.choose import Choices
+from hif4c.compiler.emit import to_graph
+from hif4c.compiler.interpret import interpret
+from hif4c.compiler.locate import ModelLocation
+from hif4c.compiler.pipeline import run_passes
+from hif4c.compiler.plan import make_plan
+from hif4c.compiler.recipe import Recipe
+from hif4c.compiler.sketch import ChannelSketch
+from hif4c.passes.program import Program
+from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.graph import Graph, Node, Ref
+
+__all__ = ["CheckpointStore", "calibrate", "find_groups", "timestep_edges"]
+
+LINEAR = "aten.linear.default"
+STAGE = "choose_precision"
+BINS = 4
+
+
+class CheckpointStore:
+    """The tensors of an unpacked program, read from the checkpoint when they are needed.
+
+    Args:
+        program: at a stage before its weights are packed.
+        checkpoint: where they are.
+        on_bytes: called with the bytes of every tensor that was read.
+    """
+
+    def __init__(self, program: Program, checkpoint: Checkpoint, on_bytes: Callable[[int], None] | None = None) -> None:
+        self._specs = {spec.name: spec for spec in program.tensors.values()}
+        self._checkpoint = checkpoint
+        self._on_bytes = on_bytes
+        self.fingerprint = Fingerprint()
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor in the program's dtype, without a copy where the file has that dtype."""
+        spec = self._specs[name]
+        if spec.source is None:
+            assert spec.value is not None
+            return spec.value
+        tensor = self._checkpoint.read(spec.source, validate=True)
+        self.fingerprint.add(spec.source, tensor)
+        if self._on_bytes is not None:
+            self._on_bytes(tensor.nbytes)
+        return tensor.to(spec.dtype)
+
+    def release(self, name: str) -> None:
+        """Let the system take its pages back."""
+        source = self._specs[name].source
+        if source is not None:
+            self._checkpoint.release(source)
+
+
+def find_groups(program: Program) -> list[Group]:
+    """The quantized inputs of a planned program with the linears that read them, in the program's order."""
+    readers: dict[Any, list[str]] = {}
+    channels: dict[Any, int] = {}
+    for node in program.linears():
+        path = program.linear_path(node)
+        if program.decisions[path].quantized:
+            source = node.args[0]
+            readers.setdefault(source, []).append(path)
+            channels[source] = node.args[1].meta["val"].shape[1]  # type: ignore[union-attr]
+    return [Group(tuple(paths), channels[source]) for source, paths in readers.items()]
+
+
+def timestep_edges(location: ModelLocation, expert: str, bins: int = BINS) -> tuple[float, ...]:
+    """Edges of equal bins over the timesteps that an expert serves."""
+    ratio = location.pipeline.boundary_ratio
+    low, high = 0.0, 1000.0
+    if ratio is not None and len(location.configs) == 2:
+        low, high = (1000 * ratio, high) if expert == "transformer" else (low, 1000 * ratio)
+    return tuple(low + (high - low) * index / bins for index in range(bins + 1))
+
+
+def calibrate(
+    location: ModelLocation,
+    calls: Mapping[str, Sequence[Call]],
+    output: Path,
+    runs: list[dict[str, Any]],
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    events: Callable[[str, Any], None] = lambda event, value: None,
+) -> None:
+    """Run every expert's calls through its captured program and write the calibration file.
+
+    Memory: one layer's weights, what the samples hold between two nodes, and one group's histograms; what is finished
+    lies on the disk beside `output`.
+
+    Args:
+        location: the model.
+        calls: expert -> its calls.
+        output: the file to write; its folder must exist.
+        runs: where the calls came from, for the file's header.
+        seed: of the choice of rows.
+        device: where the program runs.
+        events: called with ("step", sentence), ("total", bytes) and ("bytes", count).
+
+    Raises:
+        Hif4Error: an expert without calls, weights or activations that are not finite, a full disk.
+    """
+    for name in location.experts:
+        if not calls.get(name):
+            raise Hif4Error(f"{name}: no calibration call reached it; use more steps.")
+    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        parts, experts = [], {}
+        for name, path in location.experts.items():
+            config = location.configs[name]
+            events("step", f"calibrating {name} on {len(calls[name])} calls")
+            program = capture(config, torch.bfloat16, location.pipeline.expand_timesteps)
+            recipe = Recipe("calibration")
+            run_passes(program, Choices(make_plan(config, recipe)), recipe, stop_after=STAGE)
+            groups = find_groups(program)
+            edges = timestep_edges(location, name)
+            with Checkpoint(path, config, location.layout) as checkpoint:
+                shapes = {spec.source: spec.shape for spec in program.tensors.values() if spec.source is not None}
+                checkpoint.check(shapes)
+                events("total", checkpoint.total_bytes)
+                store = CheckpointStore(program, checkpoint, lambda size: events("bytes", size))
+                watch = _Watch(to_graph(program), groups, calls[name], edges, Path(folder), name, seed)
+                (outputs,) = interpret(watch.graph, [call.inputs for call in calls[name]], store, watch.on_node, device)
+            samples = [value.cpu() for value in outputs]
+            if not all(bool(torch.isfinite(value).all()) for value in samples):
+                raise Hif4Error(f"{name}: its output on the calibration calls is not finite; check the weights.")
+            parts += [*watch.parts, write_calls(Path(folder), name, list(zip(calls[name], samples, strict=True)))]
+            experts[name] = expert_entry(store.fingerprint.hexdigest(), edges, groups, len(samples))
+        write_calibration(output, location.source, runs, experts, parts)
+
+
+class _Watch:
+    """Looks at the inputs of the quantized linears as they are computed."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        groups: Sequence[Group],
+        calls: Sequence[Call],
+        edges: Sequence[float],
+        folder: Path,
+        expert: str,
+        seed: int,
+    ) -> None:
+        self.graph = graph
+        self.parts: list[Any] = []
+        self._groups = {group.name: (number, group) for number, group in enumerate(groups)}
+        self._bins = [_bin(call.noise_level, edges) for call in calls]
+        self._bin_count = len(edges) - 1
+        self._folder, self._expert = folder, expert
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def on_node(self, number: int, node: Node, inputs: list[torch.Tensor]) -> None:
+        """Take the input of a group's first reader into account; never replaces the node's value."""
+        path = _linear_path(self.graph, node)
+        if path not in self._groups:
+            return
+        index, group = self._groups[path]
+        sketch = ChannelSketch(group.channels, self._bin_count)
+        wanted = math.ceil(MAX_ROWS / len(inputs))
+        rows = []
+        for x, place in zip(inputs, self._bins, strict=True):
+            flat = x.reshape(-1, group.channels)
+            try:
+                sketch.update(flat, place)
+            except ValueError as error:
+                raise Hif4Error(f"{self._expert}: input of {path}: {error}") from None
+            chosen = torch.randperm(len(flat), generator=self._generator)[:wanted].sort().values
+            rows.append(flat[chosen.to(flat.device)].to(torch.bfloat16).cpu())
+        prefix = f"{self._expert}/groups/{path}/"
+        self.parts.append(write_group(self._folder, f"{self._expert}-{index}", prefix, sketch, thin(torch.cat(rows))))
+
+
+def _linear_path(graph: Graph, node: Node) -> str | None:
+    """Module path of an `aten.linear` that reads a stored weight."""
+    if node.target != LINEAR or not isinstance(node.args[1], Ref):
+        return None
+    index = node.args[1].index - len(graph.inputs)
+    return graph.tensors[index].name.removesuffix(".weight") if 0 <= index < len(graph.tensors) else None
+
+
+def _bin(timestep: float, edges: Sequence[float]) -> int:
+    """The bin of a timestep; what lies outside counts for the nearest bin."""
+    inside = sum(timestep >= edge for edge in edges) - 1
+    return min(max(inside, 0), len(edges) - 2)

@@ -1,0 +1,123 @@
+"""`hif4c calibrate`: find the model, let its pipeline make the inputs, run the calibration, write the file."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from hif4c.compiler.calibrate import calibrate
+from hif4c.compiler.calibration_inputs import calls_from_clips, calls_from_trajectory, find_clips
+from hif4c.compiler.locate import ModelLocation
+from hif4c.compiler.sampling_defaults import sampling_defaults
+from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.pipeline import check_device, load_components
+from hif4c.runtime.sampling import SamplingSettings, open_image
+
+__all__ = ["CalibrationOptions", "builtin_prompts", "run_calibration"]
+
+Events = Callable[[str, Any], None]
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """How to calibrate.
+
+    Attributes:
+        prompts: captions to sample; empty for `count` of the built-in ones.
+        count: how many of the built-in prompts.
+        clips: folder of clips with captions that are noised instead of sampling.
+        image: first frame, for an image-to-video model.
+        seed: of the noise and of every choice.
+        calls: recorded calls an expert; all are in memory while they run through the program.
+        batch: prompts sampled together.
+        device: where pipeline and program run.
+        sampling: settings that differ from the model's usual ones (height, width, frames, steps, guidance).
+    """
+
+    prompts: tuple[str, ...] = ()
+    count: int = 16
+    clips: Path | None = None
+    image: Path | None = None
+    seed: int = 0
+    calls: int = 32
+    batch: int = 16
+    device: str = "cpu"
+    sampling: tuple[tuple[str, float], ...] = ()
+
+
+def builtin_prompts(location: ModelLocation, count: int, seed: int) -> list[str]:
+    """Prompts that suit the model, drawn without repeats.
+
+    For wan-tiny, captions that it was trained on (those it is evaluated with are others); else general descriptions.
+
+    Raises:
+        Hif4Error: fewer than one, or more than there are.
+    """
+    if all(config.text_dim == 64 for config in location.configs.values()):
+        from hif4c.compiler.tiny.world import NUM_TEMPLATES, caption, training_attributes
+
+        known = [caption(item, template) for item in training_attributes() for template in range(NUM_TEMPLATES)]
+    else:
+        text = resources.files("hif4c.compiler").joinpath("prompts", "general.txt").read_text(encoding="utf-8")
+        known = text.splitlines()
+    if not 1 <= count <= len(known):
+        raise Hif4Error(f"{count} calibration prompts: there are 1 to {len(known)} built in; give a file for others.")
+    return random.Random(seed).sample(known, count)
+
+
+def run_calibration(
+    location: ModelLocation, output: Path, options: CalibrationOptions, events: Events = lambda event, value: None
+) -> None:
+    """Calibrate a model and write the file `output`.
+
+    Args:
+        location: a model with its whole pipeline.
+        output: the file; overwritten only when the new one is complete.
+        options: see `CalibrationOptions`.
+        events: ("step", sentence), ("total", amount) and ("bytes", amount).
+
+    Raises:
+        Hif4Error: no prompt, no pipeline beside the experts, a device that is not there, a full disk.
+    """
+    device = check_device(options.device)
+    settings = SamplingSettings.from_defaults(sampling_defaults(location.configs), **dict(options.sampling))
+    if location.layout != "diffusers" or not (location.root / "model_index.json").is_file():
+        raise Hif4Error(f"{location.root}: has no pipeline (model_index.json); calibrate a diffusers directory.")
+    first_frame = open_image(options.image, location.pipeline.class_name, settings)
+    clips = None if options.clips is None else find_clips(options.clips)
+    prompts: Sequence[str] = options.prompts or builtin_prompts(location, options.count, options.seed)
+    pipeline = load_components(str(location.root), location.pipeline.class_name).to(device)
+    if clips is not None:
+        events("step", f"noising {len(clips)} clips")
+        events("total", options.calls * len(location.experts))
+        calls = calls_from_clips(
+            pipeline, clips, settings, seed=options.seed, limit=options.calls, on_call=lambda n: events("bytes", n)
+        )
+        source: dict[str, Any] = {"source": "clips", "clips": [clip.path.name for clip in clips]}
+    else:
+        events("step", f"sampling {len(prompts)} prompts")
+        events("total", settings.steps * len(prompts))
+        calls = calls_from_trajectory(
+            pipeline,
+            prompts,
+            settings,
+            seed=options.seed,
+            limit=options.calls,
+            batch=options.batch,
+            image=first_frame,
+            on_step=lambda n: events("bytes", n),
+        )
+        source = {"source": "trajectory", "prompts": list(prompts)}
+    del pipeline  # the program reads the weights from the checkpoint, one layer at a time
+    source |= {"seed": options.seed, "steps": settings.steps, "guidance": settings.guidance}
+    source |= {"height": settings.height, "width": settings.width, "frames": settings.frames}
+    source["calls"] = {name: len(found) for name, found in calls.items()}
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Hif4Error(f"{output.parent}: cannot be written ({error.strerror}).") from None
+    calibrate(location, calls, output, [source], seed=options.seed, device=device, events=events)

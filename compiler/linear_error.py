@@ -1,0 +1,52 @@
+"""Output SQNR of one compiled linear on calibration rows: what the report and the ladder show for every layer."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hif4c.compiler.masks import relative_error
+from hif4c.compiler.pack import Planes
+from hif4c.passes.program import Decision
+
+__all__ = ["linear_sqnr"]
+
+
+def linear_sqnr(
+    decision: Decision,
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    planes: Planes,
+    mask: torch.Tensor | None,
+) -> float:
+    """10 log10 of signal over noise of the linear's output, in dB, as the shipped kernels compute it.
+
+    Args:
+        decision: the linear's.
+        rows: what reaches it without a mask, [R, K] float32, shifted where its input is.
+        weight: [N, K] float32 as the unquantized program has it.
+        planes: its stored form.
+        mask: of its input, None without one.
+    """
+    folded = mask is not None and decision.mask_folded
+    x = (rows * mask if folded and mask is not None else rows).to(torch.bfloat16)
+    own_mask = None if folded else mask
+    side = side_weight = None
+    if "up" in planes:
+        parts = []
+        if "down" in planes:
+            parts.append(torch.nn.functional.linear(x, planes["down"]))
+        if mask is not None and bool((mask == 0).any()):
+            parts.append(x[:, mask == 0])
+        side, side_weight = torch.cat(parts, -1), planes["up"]
+    packed = (planes["codes"], planes["scales"])
+    if decision.precision == "w4a4":
+        quantized = torch.ops.hif4.quantize(x, own_mask, decision.hadamard)
+        found = torch.ops.hif4.linear(*quantized, *packed, None, None, torch.float32, side, side_weight)
+    else:
+        found = torch.ops.hif4.linear_w4(
+            x, *packed, None, own_mask, decision.hadamard, None, torch.float32, side, side_weight
+        )
+    error = relative_error(found, rows @ weight.T)
+    return math.inf if error == 0 else -10 * math.log10(error)

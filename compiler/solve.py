@@ -1,0 +1,180 @@
+"""GPTQ while the compiled program runs: each weight is rounded when the first node needs it, from what reaches it then.
+
+The samples go through the very program that will be shipped, so that a layer's Hessian is that of its quantized input
+behind layers that are quantized already, and what comes after a weight sees its rounded form. One layer is in memory;
+finished planes wait on the disk until the artifact's weight file is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from hif4c.compiler.calibration_inputs import Call
+from hif4c.compiler.checkpoint import Checkpoint
+from hif4c.compiler.interpret import interpret
+from hif4c.compiler.masks import rotated
+from hif4c.compiler.pack import InputStatistics, Planes, make_planes, whole_tensor
+from hif4c.passes.program import Program, TensorSource
+from hif4c.runtime.format import dequantize
+from hif4c.runtime.graph import Graph, Node, Ref
+from hif4c.runtime.safetensors_stream import StreamingWriter, TensorFile, TensorSpec
+
+__all__ = ["SolvedPlanes", "solve"]
+
+ROWS = 4096
+"""Tokens that a Hessian is summed over at once: what they take in float32 beside it is bounded."""
+
+
+class SolvedPlanes:
+    """Planes on the disk, by the name of the checkpoint's tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, TensorFile] = {}
+
+    def put(self, source: str, planes: Planes) -> None:
+        """Keep the planes of a weight."""
+        specs = [TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in planes.items()]
+        with StreamingWriter(self._folder, specs, base_name=source, shard_bytes=1 << 62) as writer:
+            for name, value in planes.items():
+                writer.write(name, value)
+        self._files[source] = TensorFile(self._folder / f"{source}.safetensors")
+
+    def get(self, source: str) -> Planes | None:
+        """The planes of a weight, None where it was not solved."""
+        file = self._files.get(source)
+        return None if file is None else {name: file.read(name) for name in file.names}
+
+
+def solve(
+    program: Program,
+    graph: Graph,
+    checkpoint: Checkpoint,
+    calls: Sequence[Call],
+    folder: Path,
+    progress: Callable[[int], None] = lambda size: None,
+    device: torch.device | str = "cpu",
+) -> SolvedPlanes:
+    """Round every weight whose rounding is "gptq".
+
+    Args:
+        program: lowered, with masks.
+        graph: the same as a graph.
+        checkpoint: the weights, read once.
+        calls: inputs of the expert.
+        folder: existing, for the planes.
+        progress: called with the bytes of every weight that was packed.
+        device: where the program runs.
+    """
+    store = _Store(program, graph, checkpoint, folder, progress)
+    interpret(graph, [call.inputs for call in calls], store, store.on_node, device)
+    return store.solved
+
+
+class _Store:
+    """The stored tensors of a lowered program, made from the checkpoint when they are first needed."""
+
+    def __init__(
+        self, program: Program, graph: Graph, checkpoint: Checkpoint, folder: Path, progress: Callable[[int], None]
+    ) -> None:
+        self.solved = SolvedPlanes(folder)
+        self._program = program
+        self._graph = graph
+        self._checkpoint = checkpoint
+        self._progress = progress
+        self._specs = {spec.name: spec for spec in program.tensors.values()}
+        self._planes: dict[str, Planes] = {}
+        self._statistics: dict[str, InputStatistics] = {}
+        self._readers = _readers(graph)
+
+    def load(self, name: str) -> torch.Tensor:
+        """A stored tensor in the dtype of the graph."""
+        spec = self._specs[name]
+        if spec.source is None:
+            assert spec.value is not None
+            return spec.value
+        if spec.plane == "whole":
+            return whole_tensor(spec, self._program, self._checkpoint).to(spec.dtype)
+        return self._packed(spec)[spec.plane]
+
+    def release(self, name: str) -> None:
+        """Forget a tensor that nothing will read."""
+        spec = self._specs[name]
+        if spec.source is None:
+            return
+        planes = self._planes.get(spec.source)
+        if planes is not None:
+            planes.pop(spec.plane, None)
+            if not planes:
+                del self._planes[spec.source]
+        self._checkpoint.release(spec.source)
+
+    def on_node(self, number: int, node: Node, inputs: list[torch.Tensor]) -> list[object] | None:
+        """Sum the Hessian of a quantized input, for all the weights that will meet it."""
+        names = [name for name in self._readers.get(number, ()) if self._specs[name].rounding == "gptq"]
+        if node.target == "hif4.quantize":
+            mask, width = self._mask(node.args[1]), int(node.args[2] or 0)
+            planes = [torch.ops.hif4.quantize(x, mask if mask is None else mask.to(x.device), width) for x in inputs]
+            if names:
+                channels = inputs[0].shape[-1]
+                decoded = (
+                    dequantize(codes, scales, channels, torch.float32).view(-1, channels) for codes, scales in planes
+                )
+                self._share(names, _second_moments(decoded, channels))
+            return list(planes)
+        if node.target == "hif4.linear_w4" and names:
+            mask, width = self._mask(node.args[4]), int(node.args[5] or 0)
+            channels = inputs[0].shape[-1]
+            self._share(names, _second_moments((rotated(x.view(-1, channels), mask, width) for x in inputs), channels))
+        return None
+
+    def _mask(self, argument: object) -> torch.Tensor | None:
+        if not isinstance(argument, Ref):
+            return None
+        return self.load(self._graph.tensors[argument.index - len(self._graph.inputs)].name)
+
+    def _share(self, names: Sequence[str], statistics: InputStatistics) -> None:
+        for name in names:
+            self._statistics[str(self._specs[name].source)] = statistics
+
+    def _packed(self, spec: TensorSource) -> Planes:
+        source = str(spec.source)
+        if source not in self._planes:
+            tensor = self._checkpoint.read(source, validate=True)
+            planes = make_planes(spec, tensor, self._program, self._statistics.pop(source, None))
+            self.solved.put(source, planes)
+            self._planes[source] = dict(planes)
+            self._progress(tensor.nbytes)
+        return self._planes[source]
+
+
+def _readers(graph: Graph) -> dict[int, list[str]]:
+    """Number of a quantize or a W4A16 linear -> names of the weights' codes that meet its input."""
+    first = graph.first_node
+    found: dict[int, list[str]] = {}
+
+    def name(ref: Ref) -> str:
+        return graph.tensors[ref.index - len(graph.inputs)].name
+
+    for number, node in enumerate(graph.nodes):
+        if node.target == "hif4.linear":
+            getitem = graph.nodes[node.args[0].index - first]
+            found.setdefault(getitem.args[0].index - first, []).append(name(node.args[2]))
+        elif node.target == "hif4.linear_w4":
+            found[number] = [name(node.args[1])]
+    return found
+
+
+def _second_moments(rows: Iterable[torch.Tensor], channels: int) -> InputStatistics:
+    """Of the tokens [T, K] float32, summed."""
+    total, tokens = torch.zeros(channels, channels), 0
+    for block in rows:
+        total = total.to(block.device)
+        for part in block.split(ROWS):
+            total.addmm_(part.T, part)
+            tokens += len(part)
+    total = total.cpu()
+    return InputStatistics(total.diagonal(), tokens, total)
