@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import NoReturn
 
 import torch
 
 from hif4c.compiler.calibration import ExpertCalibration, Group
 from hif4c.compiler.checkpoint import Checkpoint
-from hif4c.compiler.masks import channel_mask, choose_mask, relative_error, round_trip
-from hif4c.compiler.plan import ExpertPlan, PlannedLinear, branch_bytes
+from hif4c.compiler.masks import MaskChoice, channel_mask, choose_mask, relative_error, round_trip
+from hif4c.compiler.plan import ExpertPlan, PlannedLinear, packed_bytes
 from hif4c.compiler.recipe import LARGEST, SEARCH, Recipe
 from hif4c.passes.program import Precision, inverse_mask
 from hif4c.runtime.errors import Hif4Error
-from hif4c.runtime.format import UNIT
 from hif4c.runtime.rotation import MAX_WIDTH
 
 __all__ = ["Choices", "choose"]
@@ -35,8 +37,10 @@ class Choices:
         mask_of: linear's path -> mask name.
         shifts: shift name -> mean [K] float32 of an input, taken off it before quantization.
         shift_of: linear's path -> shift name.
-        alphas: mask name -> exponent, None where no mask but only outlier columns are.
-        errors: linear's path -> relative output error {"w4a4", "w4a16"} on calibration rows, by plain rounding.
+        alphas: mask name -> exponent; None for a mask that only marks outlier columns, and where a search found that
+            no mask is best.
+        errors: quantized linear's path -> relative energy of its output error on calibration rows, by plain rounding
+            and without a low-rank branch: "w4a16" with activations in bf16, and "w4a4" where they may be in 4 bits.
         notes: what people should know.
     """
 
@@ -59,15 +63,18 @@ def choose(
 ) -> Choices:
     """Resolve a recipe.
 
+    The linears that read one input share its mask, which is chosen before any of them gets more bits from a budget.
+
     Args:
         plan: what the config alone decides.
         recipe: the recipe.
         calibration: the expert's; None for a recipe that needs none.
-        checkpoint: its weights, each read at most twice, one in memory.
+        checkpoint: its weights, each read at most three times; of those that a mask is searched on, some rows of a few
+            are in memory, else one weight.
         progress: called with 1 after every group of linears.
 
     Raises:
-        Hif4Error: a calibration is needed and there is none, or a budget that cannot be met.
+        Hif4Error: a calibration is needed and there is none, or it is not one of the plan's linears.
     """
     if not recipe.needs_calibration:
         return Choices(plan)
@@ -76,22 +83,12 @@ def choose(
             f"recipe {recipe.name} needs a calibration; make one with `hif4c calibrate` and give --calibration."
         )
     decided = {linear.decision.path: linear for linear in plan.linears}
+    _check_groups(calibration, decided)
     found = _Found()
     for group in calibration.groups.values():
         _choose_group(group, decided, recipe, calibration, checkpoint, found)
         progress(1)
     linears = _spend(plan.linears, recipe, calibration, found)
-    notes = []
-    if found.floored:
-        notes.append(
-            f"{sum(found.floored.values())} channels of {len(found.floored)} inputs have dead statistics, floored"
-        )
-    if found.alphas:
-        used = sorted({alpha for alpha in found.alphas.values() if alpha is not None})
-        without = sum(group not in found.masks for group in calibration.groups)
-        notes.append(f"{len(found.masks)} masks with alpha {_span(used)}, {without} inputs without")
-    if found.shifts:
-        notes.append(f"{len(found.shifts)} inputs can be shifted by their channels' means")
     return Choices(
         replace(plan, linears=tuple(linears)),
         found.masks,
@@ -100,7 +97,7 @@ def choose(
         found.shift_of,
         found.alphas,
         found.errors,
-        notes,
+        _notes(found),
     )
 
 
@@ -117,6 +114,40 @@ class _Found:
     floored: dict[str, int] = field(default_factory=dict)
 
 
+def _check_groups(calibration: ExpertCalibration, decided: Mapping[str, PlannedLinear]) -> None:
+    """Refuse (Hif4Error) a calibration that does not hold the inputs of exactly the plan's linears."""
+
+    def refuse(problem: str) -> NoReturn:
+        raise Hif4Error(f"the calibration of {calibration.name} {problem}; calibrate this model again.")
+
+    seen = set()
+    for group in calibration.groups.values():
+        for path in group.readers:
+            if path not in decided:
+                refuse(f"has {path}, which the model has not")
+            if path in seen or decided[path].in_features != group.channels:
+                refuse(f"has another input for {path} than the model")
+            seen.add(path)
+    lacking = [path for path, linear in decided.items() if linear.decision.quantized and path not in seen]
+    if lacking:
+        refuse(f"lacks {lacking[0]}")
+
+
+def _notes(found: _Found) -> list[str]:
+    notes = []
+    if found.floored:
+        notes.append(
+            f"{sum(found.floored.values())} channels of {len(found.floored)} inputs have dead statistics, floored"
+        )
+    used = sorted({alpha for alpha in found.alphas.values() if alpha is not None})
+    if used:
+        masked = sum(alpha is not None for alpha in found.alphas.values())
+        notes.append(f"{masked} masks with alpha {_span(used)}, {len(found.alphas) - masked} inputs without")
+    if found.shifts:
+        notes.append(f"{len(found.shifts)} inputs can be shifted by their channels' means")
+    return notes
+
+
 def _choose_group(
     group: Group,
     decided: Mapping[str, PlannedLinear],
@@ -125,35 +156,38 @@ def _choose_group(
     checkpoint: Checkpoint,
     found: _Found,
 ) -> None:
-    readers = [path for path in group.readers if decided[path].decision.precision == Precision.W4A4]
-    if not readers:
+    quantized = [path for path in group.readers if decided[path].decision.quantized]
+    if not quantized:
         return
     rows = calibration.rows(group.name).float()
-    mean = None
-    if recipe.shift and can_shift(group.name):
+    # Masks, shifts and rotations are for inputs in 4 bits.
+    readers = [path for path in quantized if decided[path].decision.precision == Precision.W4A4]
+    shifted = bool(readers) and recipe.shift and can_shift(group.name)
+    if shifted:
         mean = rows.mean(0)
         rows = rows - mean
         found.shifts[f"{group.name}.shift"] = mean
         found.shift_of |= dict.fromkeys(group.readers, f"{group.name}.shift")
-    width = rotation_width(recipe, group.channels)
+    width = rotation_width(recipe, group.channels) if readers else 0
     mask = None
-    if recipe.mask_percentile is not None or recipe.outlier_columns:
-        mask = _choose_mask(group, readers, rows, mean is not None, width, recipe, calibration, checkpoint, found)
+    if readers and (recipe.mask_percentile is not None or recipe.outlier_columns):
+        mask = _choose_mask(group, readers, rows, shifted, width, recipe, calibration, checkpoint, found)
     if mask is not None:
         found.masks[f"{group.name}.mask"] = mask
         found.mask_of |= dict.fromkeys(readers, f"{group.name}.mask")
     # Errors are only needed where something is chosen by them, and for the report.
-    rounded = round_trip(rows, mask, width)
+    rounded = round_trip(rows, mask, width) if readers else rows
     inverse = None if mask is None else inverse_mask(mask)
-    kept = None if mask is None else rows * (mask == 0)
-    for path in readers:
+    outliers = None if mask is None else rows * (mask == 0)
+    for path in quantized:
         weight = _some_rows(checkpoint, path)
         expected = rows @ weight.T
-        both = rounded @ round_trip(weight, inverse, width).T
-        if kept is not None:
-            both = both + kept @ weight.T
-        one = rows @ round_trip(weight, None, 0).T
-        found.errors[path] = {"w4a4": relative_error(both, expected), "w4a16": relative_error(one, expected)}
+        found.errors[path] = {"w4a16": relative_error(rows @ round_trip(weight, None, 0).T, expected)}
+        if path in readers:
+            output = rounded @ round_trip(weight, inverse, width).T
+            if outliers is not None:
+                output = output + outliers @ weight.T
+            found.errors[path]["w4a4"] = relative_error(output, expected)
         checkpoint.release(f"{path}.weight")
 
 
@@ -170,34 +204,43 @@ def _choose_mask(
 ) -> torch.Tensor | None:
     # A shifted input has other magnitudes than the histograms know; its rows have them.
     percentile = 100.0 if recipe.mask_percentile is None else recipe.mask_percentile
-    activation = rows.abs().amax(0) if shifted else calibration.sketch(group.name).percentile(percentile)
+    if shifted:
+        activation = _percentile(rows.abs(), percentile)
+    else:
+        activation = calibration.sketch(group.name).percentile(percentile)
     name = f"{group.name}.mask"
-    mask: torch.Tensor | None = None
     found.alphas[name] = None
-    if recipe.mask_percentile is not None:
-        largest = torch.zeros(group.channels)
-        for path in readers:
-            largest = torch.maximum(largest, checkpoint.read(f"{path}.weight").abs().amax(0).float())
-            checkpoint.release(f"{path}.weight")
-        if recipe.alpha == SEARCH:
-            chosen = readers[:: -(-len(readers) // SEARCH_READERS)]
-            choice = choose_mask(rows, [_some_rows(checkpoint, path) for path in chosen], activation, largest, width)
-            mask, found.alphas[name], floored = choice.mask, choice.alpha, choice.floored
-        else:
-            mask, floored = channel_mask(activation, largest, float(recipe.alpha))
-            found.alphas[name] = float(recipe.alpha)
-        if floored:
-            found.floored[name] = floored
-    if recipe.outlier_columns:
-        if recipe.outlier_columns > group.channels - UNIT:
-            raise Hif4Error(
-                f"recipe {recipe.name}: outlier_columns {recipe.outlier_columns} leaves too little of the "
-                f"{group.channels} channels of {group.name}."
-            )
-        mask = torch.ones(group.channels) if mask is None else mask
-        largest_left = (activation * mask).topk(recipe.outlier_columns).indices
-        mask = mask.index_fill(0, largest_left, 0.0)
-    return mask
+    if recipe.mask_percentile is None:
+        return _without_outliers(activation, recipe.outlier_columns)
+    largest = torch.zeros(group.channels)
+    for path in readers:
+        largest = torch.maximum(largest, checkpoint.read(f"{path}.weight").abs().amax(0).float())
+        checkpoint.release(f"{path}.weight")
+    # A mask moves a channel's size between input and weight; the product stays.
+    kept = _without_outliers(activation * largest, recipe.outlier_columns)
+    if recipe.alpha == SEARCH:
+        chosen = readers[:: -(-len(readers) // SEARCH_READERS)]
+        weights = [_some_rows(checkpoint, path) * kept for path in chosen]
+        choice = choose_mask(rows * kept, weights, activation, largest, width)
+    else:
+        choice = MaskChoice(*channel_mask(activation, largest, float(recipe.alpha)), float(recipe.alpha))
+    found.alphas[name] = choice.alpha
+    if choice.floored:
+        found.floored[name] = choice.floored
+    if choice.mask is None:
+        return kept if recipe.outlier_columns else None
+    return choice.mask * kept
+
+
+def _without_outliers(sizes: torch.Tensor, count: int) -> torch.Tensor:
+    """Factors [K]: 0 for the largest of the sizes [K], else 1."""
+    return torch.ones(len(sizes)).index_fill(0, sizes.topk(count).indices, 0.0)
+
+
+def _percentile(values: torch.Tensor, p: float) -> torch.Tensor:
+    """Nearest-rank percentile of every column of [R, K], as a sketch reads it."""
+    rank = math.ceil(Fraction(str(p)) * len(values) / 100)
+    return values.kthvalue(rank, dim=0).values
 
 
 def _some_rows(checkpoint: Checkpoint, path: str) -> torch.Tensor:
@@ -230,30 +273,23 @@ def _spend(
 
 
 def _spend_bits(result: dict[str, PlannedLinear], recipe: Recipe, found: _Found) -> None:
+    """Within `make_plan`'s check of the budget; a linear in bf16 has no side branch either."""
     blocks = [linear for linear in result.values() if linear.decision.quantized]
     weights = sum(linear.in_features * linear.out_features for linear in blocks)
-    columns = {path: int((found.masks[name] == 0).sum()) for path, name in found.mask_of.items()}
-    used = sum(
-        8 * (linear.plane_bytes + branch_bytes(linear, linear.decision.rank, columns.get(linear.decision.path, 0)))
-        for linear in blocks
-    )
     assert recipe.average_bits is not None
-    if used > recipe.average_bits * weights:
-        raise Hif4Error(
-            f"recipe {recipe.name}: average_bits {recipe.average_bits} is less than the {used / weights:.2f} bits that "
-            "4-bit weights and their side branches take; raise it, or lower rank and outlier_columns."
-        )
-    left = recipe.average_bits * weights - used
+    left = recipe.average_bits * weights - 8 * sum(packed_bytes(linear, recipe) for linear in blocks)
+
+    def error(linear: PlannedLinear) -> float:
+        return found.errors[linear.decision.path][linear.decision.precision]
 
     def gain(linear: PlannedLinear) -> float:
-        return found.errors.get(linear.decision.path, {}).get("w4a4", 0.0) / (linear.in_features * linear.out_features)
+        return error(linear) / (linear.in_features * linear.out_features)
 
     for linear in sorted(blocks, key=gain, reverse=True):
-        cost = 16 * linear.in_features * linear.out_features - 8 * linear.plane_bytes
+        cost = 16 * linear.in_features * linear.out_features - 8 * packed_bytes(linear, recipe)
         if cost <= left:
             left -= cost
-            error = found.errors.get(linear.decision.path, {}).get("w4a4", 0.0)
-            reason = f"recipe {recipe.name}: among the most sensitive (relative error {error:.1e} in 4 bits)"
+            reason = f"recipe {recipe.name}: among the most sensitive (relative error {error(linear):.1e} in 4 bits)"
             decision = replace(linear.decision, precision=Precision.HIGH, reason=reason, rank=0, rounding="nearest")
             result[linear.decision.path] = replace(linear, decision=decision, bytes_after=linear.bytes_before)
 
@@ -269,7 +305,7 @@ def _spend_multiplications(
     work = {
         path: linear.in_features * linear.out_features * tokens[path]
         for path, linear in result.items()
-        if linear.decision.precision == Precision.W4A4 and path in found.errors
+        if linear.decision.precision == Precision.W4A4
     }
     left = recipe.bf16_layers * sum(work.values())
 
@@ -278,11 +314,13 @@ def _spend_multiplications(
         return (errors["w4a4"] - errors["w4a16"]) / work[path]
 
     for path in sorted(work, key=gain, reverse=True):
-        if work[path] <= left:
+        if work[path] <= left and gain(path) > 0:
             left -= work[path]
             reason = f"recipe {recipe.name}: bf16 activations, relative error {found.errors[path]['w4a4']:.1e} without"
             linear = result[path]
-            result[path] = replace(linear, decision=replace(linear.decision, precision=Precision.W4A16, reason=reason))
+            relaxed = replace(linear, decision=replace(linear.decision, precision=Precision.W4A16, reason=reason))
+            saved = packed_bytes(linear, recipe) - packed_bytes(relaxed, recipe)
+            result[path] = replace(relaxed, bytes_after=relaxed.bytes_after - saved)
 
 
 def _span(values: Sequence[float]) -> str:

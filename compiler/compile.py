@@ -264,12 +264,11 @@ class _Build:
                 lambda count: self._events("bytes", count),
             )
         ]
-        for share in sorted(set(shares.values())):
-            ranges = choose_ranges(errors, share)
-            for name in names:
-                if shares[name] == share:
-                    self.experts[name]["bf16_timesteps"] = [list(item) for item in ranges[name]]
+        # Of all experts: how long a step is depends on the next one, whoever serves it.
+        calls = [call for known in self._calibration.experts.values() for call, _ in known.calls()]
+        ranges = choose_ranges(errors, shares, [call.noise_level for call in calls])
         for name in names:
+            self.experts[name]["bf16_timesteps"] = [list(item) for item in ranges[name]]
             mine = [error for error in errors if error.expert == name]
             self.experts[name]["step_errors"] = [
                 {"timestep": item.timestep, "w4a4": item.w4a4, "w4a16": item.w4a16} for item in mine

@@ -8,7 +8,7 @@ import torch
 
 from hif4c.compiler.masks import relative_error
 from hif4c.compiler.pack import Planes
-from hif4c.passes.program import Decision
+from hif4c.passes.program import Decision, Precision
 
 __all__ = ["linear_sqnr"]
 
@@ -41,7 +41,7 @@ def linear_sqnr(
             parts.append(x[:, mask == 0])
         side, side_weight = torch.cat(parts, -1), planes["up"]
     packed = (planes["codes"], planes["scales"])
-    if decision.precision == "w4a4":
+    if decision.precision == Precision.W4A4:
         quantized = torch.ops.hif4.quantize(x, own_mask, decision.hadamard)
         found = torch.ops.hif4.linear(*quantized, *packed, None, None, torch.float32, side, side_weight)
     else:

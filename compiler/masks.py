@@ -28,13 +28,13 @@ class MaskChoice:
 
     Attributes:
         mask: m [K] float32, None where the search found that none is best.
-        alpha: its exponent.
         floored: channels whose activation or weight statistic was raised to the floor.
+        alpha: its exponent.
     """
 
     mask: torch.Tensor | None
-    alpha: float | None
     floored: int
+    alpha: float | None
 
 
 def channel_mask(activation: torch.Tensor, weight: torch.Tensor, alpha: float) -> tuple[torch.Tensor, int]:
@@ -47,10 +47,10 @@ def channel_mask(activation: torch.Tensor, weight: torch.Tensor, alpha: float) -
 
     The mask is scaled to a geometric mean of 1, which changes nothing but keeps numbers near those of the model.
     """
-    raised = [_floored(statistic.double()) for statistic in (activation, weight)]
-    (a, few), (w, small) = raised
+    a, dead_inputs = _floored(activation.double())
+    w, dead_weights = _floored(weight.double())
     mask = w ** (1 - alpha) / a**alpha
-    return (mask / mask.log().mean().exp()).float(), int((few | small).sum())
+    return (mask / mask.log().mean().exp()).float(), int((dead_inputs | dead_weights).sum())
 
 
 def choose_mask(
@@ -83,7 +83,7 @@ def choose_mask(
             for item, output in zip(weights, expected, strict=True)
         )
         if best is None or error < best[0]:
-            best = (error, MaskChoice(mask, alpha, floored))
+            best = (error, MaskChoice(mask, floored, alpha))
     assert best is not None
     return best[1]
 
@@ -108,6 +108,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _floored(statistic: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The statistic [K] with its floor, and where that raised it."""
     largest = float(statistic.max())
     floor = FLOOR * largest if largest > 0 else 1.0
     low = statistic < floor

@@ -51,6 +51,8 @@ Planes = dict[str, torch.Tensor]
 
 SVD_OVERSAMPLING = 8
 SVD_ITERATIONS = 4
+SHIFTED_ROWS = 512
+"""Rows of a weight that are in float64 at once."""
 
 
 def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[TensorSpec]:
@@ -78,7 +80,7 @@ def write_weights(
         directory: existing; the files must not be there.
         progress: called with the bytes read from the checkpoint after every tensor.
         solved: planes that were made before (with a Hessian), by the name of the checkpoint's tensor.
-        statistics: of a weight's input, for rounding "search".
+        statistics: of a weight's input, for a rounding other than "nearest".
         on_planes: called with a plane's source and all planes of every packed weight.
 
     Returns:
@@ -106,7 +108,8 @@ def write_weights(
             else:
                 planes = solved(name)
                 if planes is None:
-                    planes = make_planes(sources[0], tensor, program, statistics(sources[0]))
+                    known = None if sources[0].rounding == "nearest" else statistics(sources[0])
+                    planes = make_planes(sources[0], tensor, program, known)
                 for source in sources:
                     writer.write(source.name, planes[source.plane])
                 on_planes(sources[0], planes)
@@ -147,10 +150,11 @@ def whole_tensor(source: TensorSource, program: Program, checkpoint: Checkpoint)
     found = tensor.to(source.packed_from).float()
     if source.input_shift is not None:
         weight = f"{source.source.removesuffix('.bias')}.weight"
+        shift = program.shifts[source.input_shift].double()
         # In float64: the sum has K terms, and the shift may be large.
-        moved = checkpoint.read(weight).to(source.packed_from).double() @ program.shifts[source.input_shift].double()
+        parts = checkpoint.read(weight).split(SHIFTED_ROWS)
+        found = found + torch.cat([part.to(source.packed_from).double() @ shift for part in parts]).float()
         checkpoint.release(weight)
-        found = found + moved.float()
     if source.row_shifts:
         rows = found.reshape(-1, found.shape[-1]).clone()
         for row, name in source.row_shifts:
@@ -213,7 +217,7 @@ def make_planes(
 
 
 def _low_rank(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best rank-r approximation left^T right of a weight [N, K]: right [r, K] and left [r, N], float32.
+    """Nearly the best rank-r approximation left^T right of a weight [N, K]: right [r, K] and left [r, N], float32.
 
     By randomized SVD (Halko, Martinsson, Tropp, arXiv 0909.4061) with a fixed seed; a full one of every weight of a
     large model would take hours.

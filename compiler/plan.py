@@ -18,7 +18,7 @@ from hif4c.passes.program import Decision, Precision
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.format import UNIT, packed_shapes
 
-__all__ = ["ExpertPlan", "PlannedLinear", "branch_bytes", "make_plan"]
+__all__ = ["ExpertPlan", "PlannedLinear", "make_plan", "packed_bytes"]
 
 BOUNDARY_REASONS = {
     "condition_embedder.time_embedder": "boundary: timestep embedding",
@@ -45,9 +45,11 @@ class PlannedLinear:
         return math.prod(codes) + math.prod(scales)
 
 
-def branch_bytes(linear: PlannedLinear, rank: int, columns: int) -> int:
-    """Bytes of a side branch in bf16: down [rank, in], up [rank + columns, out]."""
-    return 2 * (rank * linear.in_features + (rank + columns) * linear.out_features)
+def packed_bytes(linear: PlannedLinear, recipe: Recipe) -> int:
+    """Bytes of a quantized weight: its planes, and its side branch in 16 bits: down [r, in], up [r + columns, out]."""
+    rank = linear.decision.rank
+    columns = recipe.outlier_columns if linear.decision.precision == Precision.W4A4 else 0
+    return linear.plane_bytes + 2 * (rank * linear.in_features + (rank + columns) * linear.out_features)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def make_plan(config: WanConfig, recipe: Recipe, dtype: torch.dtype = torch.bflo
         dtype: dtype of the stored high-precision weights, for the sizes.
 
     Raises:
-        Hif4Error: a glob of the recipe matches no linear of a block.
+        Hif4Error: a glob of the recipe matches no linear of a block; its rank, outlier columns or rotation do not fit
+            one; or its budget is less than 4-bit weights take.
     """
     model = build_transformer(config, dtype)
     paths = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -102,21 +105,49 @@ def make_plan(config: WanConfig, recipe: Recipe, dtype: torch.dtype = torch.bflo
             Decision(path, precision, reason), module.in_features, module.out_features, before, before
         )
         linears.append(linear if precision == Precision.HIGH else _quantized(linear, bias, recipe))
+    if recipe.average_bits is not None:
+        _check_budget(recipe, recipe.average_bits, [linear for linear in linears if linear.decision.quantized])
     total = sum(parameter.numel() for parameter in model.parameters()) * size
     return ExpertPlan(tuple(linears), total - sum(linear.bytes_before for linear in linears))
 
 
 def _quantized(linear: PlannedLinear, bias_bytes: int, recipe: Recipe) -> PlannedLinear:
     """With the recipe's rounding and side branch, and the bytes that planes and branch take."""
-    if recipe.rank > min(linear.in_features, linear.out_features):
-        raise Hif4Error(
-            f"recipe {recipe.name}: rank {recipe.rank} is more than {linear.decision.path} has, a weight of "
-            f"{linear.out_features} x {linear.in_features}."
-        )
+    _check_fit(linear, recipe)
     decision = replace(linear.decision, rank=recipe.rank, rounding=recipe.rounding)
-    columns = recipe.outlier_columns if decision.precision == Precision.W4A4 else 0
-    after = linear.plane_bytes + branch_bytes(linear, recipe.rank, columns) + bias_bytes
-    return replace(linear, decision=decision, bytes_after=after)
+    linear = replace(linear, decision=decision)
+    return replace(linear, bytes_after=packed_bytes(linear, recipe) + bias_bytes)
+
+
+def _check_fit(linear: PlannedLinear, recipe: Recipe) -> None:
+    path, channels = linear.decision.path, linear.in_features
+    if recipe.rank > min(channels, linear.out_features):
+        raise Hif4Error(
+            f"recipe {recipe.name}: rank {recipe.rank} is more than {path} has, a weight of "
+            f"{linear.out_features} x {channels}."
+        )
+    if linear.decision.precision != Precision.W4A4:
+        return
+    if isinstance(recipe.hadamard, int) and recipe.hadamard and channels % recipe.hadamard:
+        raise Hif4Error(
+            f"recipe {recipe.name}: hadamard {recipe.hadamard} does not divide the {channels} input channels of "
+            f'{path}; choose a width that does, or "largest".'
+        )
+    if recipe.outlier_columns > channels - UNIT:
+        raise Hif4Error(
+            f"recipe {recipe.name}: outlier_columns {recipe.outlier_columns} leaves less than {UNIT} of the {channels} "
+            f"input channels of {path}; choose at most {channels - UNIT}."
+        )
+
+
+def _check_budget(recipe: Recipe, average_bits: float, linears: Sequence[PlannedLinear]) -> None:
+    weights = sum(linear.in_features * linear.out_features for linear in linears)
+    used = 8 * sum(packed_bytes(linear, recipe) for linear in linears)
+    if used > average_bits * weights:
+        raise Hif4Error(
+            f"recipe {recipe.name}: average_bits {average_bits} is less than the {used / weights:.2f} bits that "
+            "4-bit weights and their side branches take; raise it, or lower rank and outlier_columns."
+        )
 
 
 def _decide(path: str, in_features: int, recipe: Recipe) -> tuple[str, str]:

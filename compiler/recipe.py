@@ -20,7 +20,8 @@ __all__ = ["DEFAULT_RECIPE", "Recipe", "builtin_recipes", "load_recipe"]
 DEFAULT_RECIPE = "best"
 LARGEST = "largest"
 SEARCH = "search"
-MAX_RANK = 1024
+MAX_BRANCH = 1024
+"""Rows of a side branch that one key may ask for."""
 ROUNDINGS = ("nearest", "search", "gptq")
 
 
@@ -41,8 +42,9 @@ class Recipe:
             "gptq" (by the Hessian of the input).
         rank: of the low-rank bf16 branch of every 4-bit linear, 0 for none.
         outlier_columns: input channels of every quantized input that stay in bf16.
-        average_bits: budget in bits a weight of the blocks; the most sensitive linears go to bf16 while it lasts.
-        bf16_layers: share of the blocks' multiplications whose activations may stay in bf16, most sensitive first.
+        average_bits: budget in bits a weight of the linears that would be quantized, side branches included; the most
+            sensitive of them go to bf16 while it lasts.
+        bf16_layers: share of the W4A4 linears' multiplications that may have bf16 activations, most sensitive first.
         bf16_steps: share of the denoising steps that may keep all activations in bf16, most sensitive first.
         keep_high: globs of module paths of linears that stay in high precision beside the boundaries.
     """
@@ -84,7 +86,9 @@ class Recipe:
         name = values.get("name")
         if not isinstance(name, str):
             raise Hif4Error(f"{where}: the recipe has no name.")
-        given = {key: value for key, value in values.items() if key != "name" and value is not None}
+        # A file leaves out what it does not set, so that keys which need others can be refused without them.
+        defaults = {item.name: item.default for item in dataclasses.fields(cls)}
+        given = {key: value for key, value in values.items() if key != "name" and value != defaults.get(key)}
         return _checked(name, given, where)
 
 
@@ -213,8 +217,8 @@ _FIELDS: dict[str, Callable[[Any, str], Any]] = {
     "mask_percentile": _number(0, 100, "a percentile above 0 and up to 100", open_low=True),
     "alpha": _alpha,
     "rounding": _choice(*ROUNDINGS),
-    "rank": _count(MAX_RANK),
-    "outlier_columns": _count(MAX_RANK),
+    "rank": _count(MAX_BRANCH),
+    "outlier_columns": _count(MAX_BRANCH),
     "average_bits": _number(0, 16, "a number of bits up to 16", open_low=True),
     "bf16_layers": _number(0, 1, "a share from 0 to 1"),
     "bf16_steps": _number(0, 1, "a share from 0 to 1"),

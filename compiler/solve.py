@@ -7,7 +7,8 @@ finished planes wait on the disk until the artifact's weight file is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -88,7 +89,8 @@ class _Store:
         self._specs = {spec.name: spec for spec in program.tensors.values()}
         self._planes: dict[str, Planes] = {}
         self._statistics: dict[str, InputStatistics] = {}
-        self._readers = _readers(graph)
+        meetings = _meetings(graph, {name: spec.source for name, spec in self._specs.items()})
+        self._weights, self._relaxed = meetings.weights, meetings.relaxed
 
     def load(self, name: str) -> torch.Tensor:
         """A stored tensor in the dtype of the graph."""
@@ -113,8 +115,8 @@ class _Store:
         self._checkpoint.release(spec.source)
 
     def on_node(self, number: int, node: Node, inputs: list[torch.Tensor]) -> list[object] | None:
-        """Sum the Hessian of a quantized input, for all the weights that will meet it."""
-        names = [name for name in self._readers.get(number, ()) if self._specs[name].rounding == "gptq"]
+        """Sum the Hessian of an input, for all the weights that will meet it; quantize it where the node does."""
+        names = [name for name in self._weights.get(number, ()) if self._specs[name].rounding == "gptq"]
         if node.target == "hif4.quantize":
             mask, width = self._mask(node.args[1]), int(node.args[2] or 0)
             planes = [torch.ops.hif4.quantize(x, mask if mask is None else mask.to(x.device), width) for x in inputs]
@@ -125,11 +127,16 @@ class _Store:
                 )
                 self._share(names, _second_moments(decoded, channels))
             return list(planes)
-        if node.target == "hif4.linear_w4" and names:
-            mask, width = self._mask(node.args[4]), int(node.args[5] or 0)
-            channels = inputs[0].shape[-1]
-            self._share(names, _second_moments((rotated(x.view(-1, channels), mask, width) for x in inputs), channels))
+        for name in names:
+            self._share([name], self._unrounded_moments(self._relaxed[name], inputs))
         return None
+
+    def _unrounded_moments(self, linear: Node, inputs: Sequence[torch.Tensor]) -> InputStatistics:
+        """Of the input of a W4A16 linear."""
+        mask, width = self._mask(linear.args[4]), int(linear.args[5] or 0)
+        channels = inputs[0].shape[-1]
+        flat = (x.reshape(-1, channels) for x in inputs)
+        return _second_moments((rotated(x, mask if mask is None else mask.to(x.device), width) for x in flat), channels)
 
     def _mask(self, argument: object) -> torch.Tensor | None:
         if not isinstance(argument, Ref):
@@ -151,20 +158,38 @@ class _Store:
         return self._planes[source]
 
 
-def _readers(graph: Graph) -> dict[int, list[str]]:
-    """Number of a quantize or a W4A16 linear -> names of the weights' codes that meet its input."""
+@dataclass(frozen=True)
+class _Meetings:
+    """Where weights meet their inputs.
+
+    Attributes:
+        weights: number of the node that sees an input before any plane of these weights is needed -> the names of
+            their codes. A W4A4 input is seen by its quantizer, a W4A16 one by its linear or its low-rank branch.
+        relaxed: name of the codes -> W4A16 linear.
+    """
+
+    weights: dict[int, list[str]]
+    relaxed: dict[str, Node]
+
+
+def _meetings(graph: Graph, sources: Mapping[str, str | None]) -> _Meetings:
     first = graph.first_node
-    found: dict[int, list[str]] = {}
+    found = _Meetings({}, {})
+    branches: dict[str | None, int] = {}
 
     def name(ref: Ref) -> str:
         return graph.tensors[ref.index - len(graph.inputs)].name
 
     for number, node in enumerate(graph.nodes):
-        if node.target == "hif4.linear":
+        if node.target == "aten.linear.default" and len(graph.inputs) <= node.args[1].index < first:
+            branches[sources[name(node.args[1])]] = number
+        elif node.target == "hif4.linear":
             getitem = graph.nodes[node.args[0].index - first]
-            found.setdefault(getitem.args[0].index - first, []).append(name(node.args[2]))
+            found.weights.setdefault(getitem.args[0].index - first, []).append(name(node.args[2]))
         elif node.target == "hif4.linear_w4":
-            found[number] = [name(node.args[1])]
+            codes = name(node.args[1])
+            found.weights.setdefault(branches.get(sources[codes], number), []).append(codes)
+            found.relaxed[codes] = node
     return found
 
 

@@ -35,7 +35,17 @@ def measure_steps(
     calibration: ExpertCalibration,
     progress: Callable[[int], None] = lambda count: None,
 ) -> list[StepError]:
-    """Run both programs of an expert on its calibration calls and compare with the recorded outputs."""
+    """Run both programs of an expert on its calibration calls and compare with the recorded outputs.
+
+    Args:
+        expert: its name.
+        model: the compiled expert, with a second program.
+        calibration: the expert's.
+        progress: called with 1 after every call.
+
+    Returns:
+        One entry for every timestep of the calls, in their order.
+    """
     sums: dict[float, list[float]] = {}
     programs = [model.variant(None), model.variant("bf16")]
     for call, expected in calibration.calls():
@@ -45,39 +55,49 @@ def measure_steps(
             found = program(*call.inputs, return_dict=False)[0]
             entry[1 + index] += float((found.double() - expected.double()).square().sum())
         progress(1)
-    return [
-        StepError(expert, timestep, noise / signal, rest / signal) for timestep, (signal, noise, rest) in sums.items()
-    ]
+    found = []
+    for timestep, (signal, *noises) in sums.items():
+        # Of a prediction that is zero, any error would be infinitely large; such a step says nothing.
+        w4a4, w4a16 = (noise / signal if signal else 0.0 for noise in noises)
+        found.append(StepError(expert, timestep, w4a4, w4a16))
+    return found
 
 
-def choose_ranges(errors: Sequence[StepError], share: float) -> Mapping[str, list[tuple[float, float]]]:
+def choose_ranges(
+    errors: Sequence[StepError], shares: Mapping[str, float], timesteps: Sequence[float] = ()
+) -> dict[str, list[tuple[float, float]]]:
     """Timestep ranges, by expert, of the steps that gain most from bf16 activations.
 
     Args:
-        errors: of all experts; every timestep stands for one step of the sampling schedule.
-        share: of the steps that may be chosen, rounded to whole steps.
+        errors: of the experts in `shares`; every timestep stands for one step of the sampling schedule.
+        shares: expert -> share of its steps that may be chosen. Experts of equal shares have one budget, spent where
+            it gains most. It is rounded to whole steps.
+        timesteps: the schedule's other steps, served by experts that are not in `shares`.
 
     The error of a step enters the latents in proportion to the step's length in sigma, so steps are ranked by that
     length times what the error's norm loses. Ranges end midway between neighbouring timesteps, so that they do not
     depend on how a sampler rounds them.
     """
-    ordered = sorted(errors, key=lambda item: item.timestep)
-    levels = [item.timestep for item in ordered]
-    gains = []
-    for index, item in enumerate(ordered):
+    levels = sorted({*timesteps, *(item.timestep for item in errors)})
+    place = {level: index for index, level in enumerate(levels)}
+
+    def gain(item: StepError) -> float:
+        index = place[item.timestep]
         length = item.timestep - (levels[index - 1] if index else 0.0)
-        gains.append((length * (item.w4a4**0.5 - item.w4a16**0.5), index))
-    count = round(share * len(ordered))
-    chosen = {index for gain, index in sorted(gains, reverse=True)[:count] if gain > 0}
-    ranges: dict[str, list[tuple[float, float]]] = {item.expert: [] for item in ordered}
-    for index, item in enumerate(ordered):
-        if index not in chosen:
-            continue
-        low = (levels[index - 1] + item.timestep) / 2 if index else 0.0
-        high = (item.timestep + levels[index + 1]) / 2 if index + 1 < len(levels) else MAX_TIMESTEP
-        mine = ranges[item.expert]
-        if mine and mine[-1][1] == low:
-            mine[-1] = (mine[-1][0], high)
-        else:
-            mine.append((low, high))
+        return length * (item.w4a4**0.5 - item.w4a16**0.5)
+
+    ranges: dict[str, list[tuple[float, float]]] = {expert: [] for expert in shares}
+    for share in set(shares.values()):
+        steps = [item for item in errors if shares[item.expert] == share]
+        ranked = sorted(steps, key=lambda item: (gain(item), item.timestep), reverse=True)
+        chosen = [item for item in ranked[: round(share * len(steps))] if gain(item) > 0]
+        for item in sorted(chosen, key=lambda item: item.timestep):
+            index = place[item.timestep]
+            low = (levels[index - 1] + item.timestep) / 2 if index else 0.0
+            high = (item.timestep + levels[index + 1]) / 2 if index + 1 < len(levels) else MAX_TIMESTEP
+            mine = ranges[item.expert]
+            if mine and mine[-1][1] == low:
+                mine[-1] = (mine[-1][0], high)
+            else:
+                mine.append((low, high))
     return ranges
