@@ -145,7 +145,7 @@ def _check_budget(recipe: Recipe, average_bits: float, linears: Sequence[Planned
     used = 8 * sum(packed_bytes(linear, recipe) for linear in linears)
     if used > average_bits * weights:
         raise Hif4Error(
-            f"recipe {recipe.name}: average_bits {average_bits} is less than the {used / weights:.2f} bits that "
+            f"recipe {recipe.name}: average_bits {average_bits:g} is less than the {used / weights:.2f} bits that "
             "4-bit weights and their side branches take; raise it, or lower rank and outlier_columns."
         )
 
