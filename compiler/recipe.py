@@ -137,7 +137,7 @@ def _checked(name: str, values: Mapping[str, Any], where: str) -> Recipe:
     for key in values:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ";"
+            hint = f"; did you mean {close[0]}?" if close else "."
             raise Hif4Error(f"{where} has an unknown key {key!r}{hint} Known keys: {', '.join(known)}.")
     fields: dict[str, Any] = {key: _FIELDS[key](value, f"{where}: {key}") for key, value in values.items()}
     recipe = Recipe(name, **fields)

@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from hif4c.compiler.choose import Choices
 from hif4c.compiler.locate import describe_model
 from hif4c.compiler.models import WanConfig
+from hif4c.compiler.pipeline import run_passes
 from hif4c.compiler.plan import make_plan
 from hif4c.compiler.recipe import Recipe, load_recipe
 from hif4c.passes.program import Precision
@@ -117,3 +119,59 @@ def test_input_channels_that_are_no_multiple_of_64():
     reasons = {decision.reason for decision in plan.decisions if "blocks" in decision.path and not decision.quantized}
     assert reasons == {"in_features 96 is not a multiple of 64"}
     assert all(linear.bytes_after == linear.bytes_before for linear in plan.linears if not linear.decision.quantized)
+
+
+def test_side_branches_and_rounding():
+    """Each quantized weight [N, K] gets down [r, K] and up [r + c, N] in 16 bits; what is kept high gets nothing."""
+    recipe = Recipe("mine", rank=8, outlier_columns=3, rounding="gptq", keep_high=("*.ffn.net.2",))
+    plan = make_plan(small(), recipe)
+    plain = make_plan(small(), Recipe("plain", keep_high=recipe.keep_high))
+    for linear, other in zip(plan.linears, plain.linears, strict=True):
+        n, k = linear.out_features, linear.in_features
+        branch = 2 * (8 * k + (8 + 3) * n) if linear.decision.quantized else 0
+        assert linear.bytes_after == other.bytes_after + branch
+        expected = (8, "gptq") if linear.decision.quantized else (0, "nearest")
+        assert (linear.decision.rank, linear.decision.rounding) == expected
+    # Without quantized activations there are no outlier columns.
+    weight_only = make_plan(small(), Recipe("mine", activations="bf16", rank=8))
+    linear = next(linear for linear in weight_only.linears if linear.decision.path == "blocks.0.attn1.to_q")
+    assert linear.bytes_after == 128 * 128 * 9 // 16 + 2 * 128 + 2 * (8 * 128 + 8 * 128)
+
+
+def test_largest_rank():
+    ranks = {decision.rank for decision in make_plan(small(), Recipe("mine", rank=128)).decisions if decision.quantized}
+    assert ranks == {128}
+    with pytest.raises(
+        Hif4Error, match=r"^recipe mine: rank 129 is more than blocks.0.attn1.to_q has, .* 128 x 128\.$"
+    ):
+        make_plan(small(), Recipe("mine", rank=129))
+
+
+def test_a_rotation_that_does_not_divide_the_channels():
+    """3 heads of 64 and 320 channels in the FFN: 64 divides both, 128 neither."""
+    config = small(num_attention_heads=3, attention_head_dim=64, ffn_dim=320)
+    make_plan(config, Recipe("mine", hadamard=64))
+    make_plan(config, Recipe("mine", hadamard="largest"))
+    with pytest.raises(Hif4Error) as caught:
+        make_plan(config, Recipe("mine", hadamard=128))
+    assert str(caught.value) == (
+        "recipe mine: hadamard 128 does not divide the 192 input channels of blocks.0.attn1.to_q; choose a width that "
+        'does, or "largest".'
+    )
+    kept = ("*attn*", "*.ffn.net.0.proj")
+    with pytest.raises(Hif4Error, match=r"the 320 input channels of blocks\.0\.ffn\.net\.2"):
+        make_plan(config, Recipe("mine", hadamard=128, keep_high=kept))
+    make_plan(config, Recipe("mine", hadamard=128, keep_high=(*kept, "*.ffn.net.2")))
+
+
+def test_the_rotation_pass_refuses_it_too(captures):
+    """Where the plan was made for another recipe."""
+    plan = make_plan(small(), Recipe("mine"))
+    with pytest.raises(Hif4Error, match=r"^blocks\.0\.attn1\.to_q has 128 input channels, which a rotation of width 256"):
+        run_passes(captures.variant("t2v"), Choices(plan), Recipe("mine", hadamard=256))
+
+
+def test_outlier_columns_leave_a_unit():
+    make_plan(small(), Recipe("mine", outlier_columns=64))
+    with pytest.raises(Hif4Error, match=r"outlier_columns 65 leaves less than 64 of the 128 .*; choose at most 64\.$"):
+        make_plan(small(), Recipe("mine", outlier_columns=65))
