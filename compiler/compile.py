@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hif4c.compiler.calibration import Calibration, ExpertCalibration
+from hif4c.compiler.calibration import Calibration
 from hif4c.compiler.calibration_run import CalibrationOptions, run_calibration
 from hif4c.compiler.capture import build_transformer, capture
 from hif4c.compiler.checkpoint import Checkpoint
@@ -76,6 +76,7 @@ class CompileOptions:
         golden: record golden outputs (one small forward an expert).
         revision: revision of a hub model.
         calibration: file of `hif4c calibrate`. Without one, a recipe that needs it calibrates a small model itself.
+            With one, the output SQNR of every linear is recorded, whatever the recipe.
     """
 
     recipes: Mapping[str, Recipe]
@@ -217,18 +218,22 @@ class _Build:
         measured: dict[str, float] = {}
 
         def measure(source: TensorSource, planes: Planes) -> None:
-            if used is not None:
+            if known is not None:
                 path = str(source.source).removesuffix(".weight")
-                rows = _rows_of(path, used, program)
-                if rows is not None:
+                decision, group = program.decisions[path], known.group_of(path)
+                if group is not None:
                     weight = prepared_weight(source, checkpoint.read(str(source.source)), program)
-                    mask = None if source.mask is None else program.masks[source.mask]
-                    measured[path] = linear_sqnr(program.decisions[path], rows, weight, planes, mask)
+                    mask = None if decision.mask is None else program.masks[decision.mask]
+                    shift = None if decision.shift is None else program.shifts[decision.shift]
+                    measured[path] = linear_sqnr(decision, known.rows(group).float(), weight, planes, mask, shift)
 
         def energy(source: TensorSource) -> InputStatistics | None:
-            rows = None if used is None else _rows_of(str(source.source).removesuffix(".weight"), used, program)
-            if rows is None:
+            path = str(source.source).removesuffix(".weight")
+            group = None if used is None else used.group_of(path)
+            if used is None or group is None:
                 return None
+            rows, shift = used.rows(group).float(), program.decisions[path].shift
+            rows = rows if shift is None else rows - program.shifts[shift]
             mask = None if source.mask is None else program.masks[source.mask]
             return InputStatistics(rotated(rows, mask, source.hadamard).square().mean(0), len(rows))
 
@@ -239,7 +244,7 @@ class _Build:
         self.files |= {f"{name}/{file}": entry for file, entry in written.items()}
         config = self._location.configs[name]
         self.experts[name] = _expert_entry(config, recipe, choices, program, fingerprint, measured)
-        if used is not None and self._calibration is not None:
+        if known is not None and self._calibration is not None:
             self.experts[name]["calibration"] = {"sha256": self._calibration.digest(), "runs": self._calibration.runs}
 
     def choose_steps(self) -> None:
@@ -292,16 +297,6 @@ class _Build:
         return program
 
 
-def _rows_of(path: str, calibration: ExpertCalibration, program: Program) -> torch.Tensor | None:
-    """Calibration rows of a linear's input as it arrives, without a mask, float32; None where it was not calibrated."""
-    group = next((group for group in calibration.groups.values() if path in group.readers), None)
-    if group is None:
-        return None
-    rows = calibration.rows(group.name).float()
-    shift = program.decisions[path].shift
-    return rows if shift is None else rows - program.shifts[shift]
-
-
 def _find_calibration(
     location: ModelLocation,
     options: CompileOptions,
@@ -311,13 +306,17 @@ def _find_calibration(
     events: Events,
 ) -> Calibration | None:
     """The calibration that was given, checked against the weights; or one made here for a small model."""
-    needy = [name for name, recipe in options.recipes.items() if recipe.needs_calibration]
-    if not needy:
-        return None
+    if options.calibration is not None:
+        # Also for recipes that do without: the report then says how far every linear is off.
+        calibration = Calibration(options.calibration)
+        for name, recipe in options.recipes.items():
+            if recipe.needs_calibration or name in calibration.experts:
+                calibration.check(name, checkpoints[name].fingerprint())
+        return calibration
     if own:
         size = sum(checkpoint.total_bytes for checkpoint in checkpoints.values())
         if size > SMALL_MODEL_BYTES:
-            names = ", ".join(sorted({options.recipes[name].name for name in needy}))
+            names = ", ".join(sorted({recipe.name for recipe in options.recipes.values() if recipe.needs_calibration}))
             raise Hif4Error(
                 f"recipe {names} needs a calibration; make one with `hif4c calibrate {location.source} -o FILE` and "
                 "give --calibration FILE, or choose a recipe without (--recipe rotate, --recipe rtn)."
@@ -325,11 +324,7 @@ def _find_calibration(
         events("step", "calibrating (a small model; others take --calibration)")
         run_calibration(location, scratch / "calibration.safetensors", CalibrationOptions(), events)
         return Calibration(scratch / "calibration.safetensors")
-    assert options.calibration is not None
-    calibration = Calibration(options.calibration)
-    for name in needy:
-        calibration.check(name, checkpoints[name].fingerprint())
-    return calibration
+    return None
 
 
 @contextlib.contextmanager

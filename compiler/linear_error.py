@@ -19,18 +19,21 @@ def linear_sqnr(
     weight: torch.Tensor,
     planes: Planes,
     mask: torch.Tensor | None,
+    shift: torch.Tensor | None = None,
 ) -> float:
     """10 log10 of signal over noise of the linear's output, in dB, as the shipped kernels compute it.
 
     Args:
         decision: the linear's.
-        rows: what reaches it without a mask, [R, K] float32, shifted where its input is.
+        rows: what reaches it in the unquantized program, [R, K] float32.
         weight: [N, K] float32 as the unquantized program has it.
         planes: its stored form.
         mask: of its input, None without one.
+        shift: what its input arrives without, given back by the bias.
     """
     folded = mask is not None and decision.mask_folded
-    x = (rows * mask if folded and mask is not None else rows).to(torch.bfloat16)
+    x = rows if shift is None else rows - shift
+    x = (x * mask if folded and mask is not None else x).to(torch.bfloat16)
     own_mask = None if folded else mask
     side = side_weight = None
     if "up" in planes:
@@ -48,5 +51,7 @@ def linear_sqnr(
         found = torch.ops.hif4.linear_w4(
             x, *packed, None, own_mask, decision.hadamard, None, torch.float32, side, side_weight
         )
+    if shift is not None:
+        found = found + shift @ weight.T
     error = relative_error(found, rows @ weight.T)
     return math.inf if error == 0 else -10 * math.log10(error)

@@ -172,30 +172,39 @@ def linear_w4(
     floating point or None; hadamard the rotation width (0 or 1: none); activation None or "gelu_tanh"; dtype bf16, fp16
     or fp32. `side` [..., S] and `side_weight` [S, N] as in `linear`. Returns [..., N].
 
-    Mask, rotation, matmul and epilogue are in fp32 with one cast at the end. The order of the matmul's additions is the
-    BLAS's, so results agree to rounding, not to the bit, across batch sizes, threads and backends.
+    Mask, rotation, matmul and epilogue are in fp32 with one cast at the end. The rotation is symmetric, so that
+    (x * m) R W^T = x (W R * m)^T: mask and rotation work on the smaller of input and weight. That and the order of the
+    matmul's additions, which is the BLAS's, let results agree to rounding, not to the bit, across batch sizes, threads
+    and backends.
     Weights are decoded a few rows at a time; temporaries stay under about 64 MB, fp32 copies of x aside.
     Raises Hif4Error for tensors, activation or dtype that do not fit.
     """
     check_linear_w4(x, w_codes, w_scales, bias, mask, hadamard, activation, dtype, side, side_weight)
     k, n = x.shape[-1], w_codes.shape[0]
     with torch.autocast(x.device.type, enabled=False):
-        y = x.float()
-        if mask is not None:
-            y = y * mask.float()
-        if hadamard > 1:
-            y = block_hadamard(y, hadamard)
-        y = y.reshape(-1, k)
+        y = x.float().reshape(-1, k)
+        on_weight = hadamard > 1 and y.shape[0] > n
+        if not on_weight:
+            y = _masked_and_rotated(y, mask, hadamard)
         flat_side = None if side is None else side.reshape(-1, side.shape[-1])
         out = torch.empty((y.shape[0], n), dtype=dtype, device=x.device)
         step = max(1, min(_BLOCK_W // max(1, k), _BLOCK_OUT // max(1, y.shape[0])))
         for j in range(0, n, step):
             cols = slice(j, j + step)
-            acc = torch.mm(y, dequantize(w_codes[cols], w_scales[cols], k, torch.float32).t())
+            w = dequantize(w_codes[cols], w_scales[cols], k, torch.float32)
+            if on_weight:
+                w = block_hadamard(w, hadamard) if mask is None else block_hadamard(w, hadamard).mul_(mask)
+            acc = torch.mm(y, w.t())
             if flat_side is not None and side_weight is not None:
                 _add_side(acc, flat_side, side_weight[:, cols])
             out[:, cols] = _finish(acc, None if bias is None else bias[cols], activation)
     return out.view(*x.shape[:-1], n)
+
+
+def _masked_and_rotated(x: torch.Tensor, mask: torch.Tensor | None, hadamard: int) -> torch.Tensor:
+    if mask is not None:
+        x = x * mask.float()
+    return block_hadamard(x, hadamard) if hadamard > 1 else x
 
 
 def _accumulate(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

@@ -236,6 +236,25 @@ def test_linear_w4_is_within_its_summation_error(m: int, k: int, n: int, dtype: 
     assert ((y - gelu(exact)).abs() <= 1.13 * bound + 16 * U * exact.abs()).all()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_linear_w4_rotates_the_smaller_operand(masked: bool):
+    """With more rows than outputs mask and rotation move to the weight: the same numbers, up to fp32 rounding."""
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(40, 256, generator=generator).bfloat16()
+    wp = quantize(torch.randn(9, 256, generator=generator), None, 64)
+    mask = torch.rand(256, generator=generator) + 0.5 if masked else None
+    few = torch.cat([linear_w4(x[i : i + 8], *wp, mask=mask, hadamard=64) for i in range(0, 40, 8)])
+    many = linear_w4(x, *wp, mask=mask, hadamard=64)
+    w = dequantize(*wp, 256, torch.float64)
+    y = block_hadamard(x.double() if mask is None else x.double() * mask.double(), 64)
+    # Rotation (log2 64 additions and a product), mask and a sum of 256 terms: below 512 roundings of 2^-24 each, and no
+    # partial sum of |x| |w| exceeds that of the magnitudes, which a rotation raises at most 8-fold (sqrt of its width).
+    bound = 512 * 2**-24 * 8 * (y.abs() @ w.abs().T)
+    for found in (few, many):
+        assert ((found - y @ w.T).abs() <= bound).all()
+    assert not torch.equal(few, many)
+
+
 def test_linear_w4_masks_and_rotates_as_by_hand():
     x, w, bias = make(6, 256, 9)
     mask = torch.rand(256) + 0.5
