@@ -3,7 +3,7 @@ import torch
 
 from hif4c.compiler.scale_search import search_scales, unit_search
 from hif4c.runtime.format import dequantize, quantize
-from tests.support.synthetic import KINDS, synthetic_layer
+from hif4c.compiler.synthetic import KINDS, synthetic_layer
 
 MIN_STORED, MAX_STORED = 0, 0xFE
 

@@ -1,8 +1,11 @@
-"""Linears of A14B widths with made-up weights and inputs that have the published statistics of Wan2.2's activations.
+"""Linears with made-up weights and inputs whose maxima are those published of Wan2.2's activations.
 
-Published per-tensor maxima (A14B I2V, medians over blocks): attn1 q/k/v 9.9; attn2 q 53.5, one massive channel through
-an affine LayerNorm, the same for every token; attn2 out 1.2 with rare calls at 4 to 16 times that; ffn.0 5.2 with
-spikes to 13.7; ffn.2 reads GELU(tanh): never below -0.17, a heavy positive tail.
+Published per-tensor maxima (A14B I2V, medians over blocks): attn1 q/k/v 9.9; attn1 out 8.9; attn2 q 53.5, one massive
+channel through an affine LayerNorm, the same for every token; attn2 out 1.2 with rare calls at 4 to 16 times that;
+ffn.0 5.2 with spikes to 13.7; ffn.2 reads GELU(tanh): never below -0.17, a heavy positive tail.
+
+Nothing else is known of the real inputs: correlations, means and sizes of the channels are invented, and so are the
+weights, which have none of a trained weight's structure but rows of different sizes.
 """
 
 import math
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 
 __all__ = ["KINDS", "synthetic_layer"]
 
-KINDS = ("attn1.q", "attn2.q", "attn2.out", "ffn.0", "ffn.2")
+KINDS = ("attn1.q", "attn1.out", "attn2.q", "attn2.out", "ffn.0", "ffn.2")
 _CALL = 16  # tokens that share the size of a call of attn2.out
 
 
@@ -30,7 +33,7 @@ def synthetic_layer(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    # Like a trained weight: rows of different sizes, close to Gaussian.
+    # Rows of different sizes, each Gaussian.
     weight = normal(out_features, width) * (0.25 * normal(out_features, 1)).exp() / math.sqrt(width)
     factors = min(width // 4, 512)
     spectrum = torch.arange(1, factors + 1).rsqrt()
@@ -43,6 +46,10 @@ def _attn1_q(hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return _modulated_norm(hidden, generator, 9.9)
 
 
+def _attn1_out(hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return _averaged_values(hidden, generator, 8.9)
+
+
 def _attn2_q(hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     tokens, width = hidden.shape
     # At width 5120 a normalized channel of 53.5 leaves the others a variance of 1 - 53.5^2/5120.
@@ -52,9 +59,8 @@ def _attn2_q(hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def _attn2_out(hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    tokens, width = hidden.shape
-    x = hidden * (0.5 * torch.randn(width, generator=generator)).exp()
-    x *= 1.2 / x.abs().max()
+    tokens = len(hidden)
+    x = _averaged_values(hidden, generator, 1.2)
     calls = -(-tokens // _CALL)
     size = torch.ones(calls)
     rare = slice(int(torch.randint(min(calls, 32), (1,), generator=generator)), None, 32)
@@ -79,6 +85,12 @@ def _ffn_2(hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return F.gelu(hidden * channels * tail - 0.5, approximate="tanh")
 
 
+def _averaged_values(hidden: torch.Tensor, generator: torch.Generator, largest: float) -> torch.Tensor:
+    """What an attention gives: channels of different sizes, with `largest` as the maximum."""
+    x = hidden * (0.5 * torch.randn(hidden.shape[1], generator=generator)).exp()
+    return x * (largest / x.abs().max())
+
+
 def _modulated_norm(hidden: torch.Tensor, generator: torch.Generator, largest: float) -> torch.Tensor:
     """LayerNorm of channels of different sizes, times 1 + scale, plus shift, with `largest` as its maximum."""
     width = hidden.shape[1]
@@ -90,6 +102,7 @@ def _modulated_norm(hidden: torch.Tensor, generator: torch.Generator, largest: f
 
 _INPUTS = {
     "attn1.q": _attn1_q,
+    "attn1.out": _attn1_out,
     "attn2.q": _attn2_q,
     "attn2.out": _attn2_out,
     "ffn.0": _ffn_0,
