@@ -9,10 +9,10 @@ from hif4c.compiler.masks import (
     rotated,
     round_trip,
 )
+from hif4c.compiler.synthetic import synthetic_layer
 from hif4c.passes.program import inverse_mask
 from hif4c.runtime.format import dequantize, quantize
 from hif4c.runtime.rotation import block_hadamard
-from tests.support.synthetic import synthetic_layer
 
 
 @pytest.mark.parametrize(

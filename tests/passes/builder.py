@@ -134,12 +134,25 @@ def stored(program: Program, state: dict[str, torch.Tensor], exact: bool = False
                 mask = program.masks[spec.name.removesuffix(".inverse")].double()
                 value = torch.where(mask == 0, 0.0, 1.0 / mask)
         else:
-            source = state[spec.source].to(spec.packed_from or spec.dtype).to(work)
+            source = _shifted(program, spec, state, work)
             if spec.row_mask is not None:
                 source = source * program.masks[spec.row_mask].to(work).view(-1, *[1] * (source.dim() - 1))
             value = source if spec.plane == "whole" and not spec.rank else _plane(program, spec, source, exact)
         tensors[spec.name] = value.double() if exact and value.is_floating_point() else value.to(spec.dtype)
     return tensors
+
+
+def _shifted(program: Program, spec: TensorSource, state: dict[str, torch.Tensor], work: torch.dtype) -> torch.Tensor:
+    """A tensor of the checkpoint with what its linear's input lacks, and without what its reader's input shall lack."""
+    dtype = spec.packed_from or spec.dtype
+    source = state[str(spec.source)].to(dtype).to(work)
+    if spec.input_shift is not None:
+        weight = state[f"{str(spec.source).removesuffix('.bias')}.weight"].to(dtype).double()
+        source = source + (weight @ program.shifts[spec.input_shift].double()).to(work)
+    rows = source.reshape(-1, source.shape[-1]).clone()
+    for row, name in spec.row_shifts:
+        rows[row] -= program.shifts[name].to(work)
+    return rows.view(source.shape)
 
 
 def _plane(program: Program, spec: TensorSource, weight: torch.Tensor, exact: bool) -> torch.Tensor:
