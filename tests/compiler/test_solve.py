@@ -1,0 +1,227 @@
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hif4c.compiler import solve as solve_module
+from hif4c.compiler.calibration import Calibration
+from hif4c.compiler.emit import to_graph
+from hif4c.compiler.output_error import error_energy
+from hif4c.compiler.pack import InputStatistics, Planes, make_planes, prepared_weight, write_weights
+from hif4c.compiler.recipe import Recipe, load_recipe
+from hif4c.compiler.solve import SolvedPlanes, solve
+from hif4c.compiler.steps import measure_steps
+from hif4c.passes.program import Program, TensorSource, inverse_mask
+from hif4c.runtime.artifact import open_artifact
+from hif4c.runtime.executor import Executor
+from hif4c.runtime.format import dequantize, quantize
+from hif4c.runtime.graph import Graph
+from hif4c.runtime.rotation import block_hadamard
+from hif4c.runtime.transformer import load_expert
+
+TEXT = [f"blocks.{block}.attn2.to_{name}.weight" for block in (0, 1) for name in "kv"]
+RECIPE = """
+shift = true
+mask_percentile = 99.9
+hadamard = 64
+rounding = "gptq"
+bf16_steps = 0.34
+"""
+
+
+@dataclass
+class Solution:
+    """What one run of `solve` did.
+
+    Attributes:
+        planes: what it kept.
+        outputs: of the program, for every call.
+        seen: checkpoint tensor -> its source and statistics as they were rounded with.
+        read: bytes that progress was told.
+    """
+
+    program: Program
+    graph: Graph
+    planes: SolvedPlanes
+    outputs: list[torch.Tensor]
+    seen: dict[str, tuple[TensorSource, InputStatistics]]
+    read: int
+
+
+def run(calibrated, recipe: Recipe, folder: Path) -> Solution:
+    program = calibrated.program(recipe)
+    graph = to_graph(program)
+    seen, outputs, read = {}, [], []
+
+    def watched_planes(
+        source: TensorSource, tensor: torch.Tensor, program: Program, statistics: InputStatistics
+    ) -> Planes:
+        assert source.source not in seen
+        seen[source.source] = (source, statistics)
+        return make_planes(source, tensor, program, statistics)
+
+    def watched_run(*arguments):
+        outputs.extend(original(*arguments)[0])
+
+    original = solve_module.interpret
+    with (
+        mock.patch.object(solve_module, "make_planes", watched_planes),
+        mock.patch.object(solve_module, "interpret", watched_run),
+    ):
+        planes = solve(program, graph, calibrated.checkpoint, calibrated.calls, folder, read.append)
+    return Solution(program, graph, planes, outputs, seen, sum(read))
+
+
+@pytest.fixture(scope="module")
+def solution(calibrated, tmp_path_factory: pytest.TempPathFactory) -> Solution:
+    folder = tmp_path_factory.mktemp("solved")
+    (folder / "mine.toml").write_text(RECIPE)
+    return run(calibrated, load_recipe(str(folder / "mine.toml")), folder)
+
+
+@pytest.fixture(scope="module")
+def artifact(calibrated, quick_compile, tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("compiled")
+    (folder / "mine.toml").write_text(RECIPE)
+    return open_artifact(
+        quick_compile(
+            calibrated.directory,
+            folder / "out",
+            str(folder / "mine.toml"),
+            calibration=calibrated.path,
+            golden=False,
+        )
+    )
+
+
+def moments_by_hand(graph: Graph, executor: Executor, calls) -> dict[str, tuple[torch.Tensor, int]]:
+    """Checkpoint tensor -> X^T X in float64 and tokens of what meets that weight, run with the stored weights."""
+    names = [item.name for item in graph.tensors]
+    found: dict[str, tuple[torch.Tensor, int]] = {}
+    for call in calls:
+        values = [*call.inputs, *executor.tensors, *executor.trace(*call.inputs)]
+        for node in graph.nodes:
+            if node.target not in ("hif4.linear", "hif4.linear_w4"):
+                continue
+            if node.target == "hif4.linear":
+                codes, scales = (values[ref.index] for ref in node.args[:2])
+                x, weight = dequantize(codes, scales, codes.shape[-1] * 2, torch.float64), node.args[2]
+            else:
+                x, weight = values[node.args[0].index].double(), node.args[1]
+            name = names[weight.index - len(graph.inputs)].removesuffix(".codes")
+            x = x.reshape(-1, x.shape[-1])
+            total, tokens = found.get(name, (0.0, 0))
+            found[name] = (total + x.T @ x, tokens + len(x))
+    return found
+
+
+def assert_moments(solution: Solution, executor: Executor, calls) -> None:
+    expected = moments_by_hand(solution.graph, executor, calls)
+    assert solution.seen.keys() == expected.keys()
+    assert len(expected) == 20
+    for name, (_, statistics) in solution.seen.items():
+        total, tokens = expected[name]
+        assert statistics.tokens == tokens == (42 if name in TEXT else 216)
+        # Sums of 216 products in fp32: at most 216 roundings of 2^-24, and far fewer as they are random.
+        assert float((statistics.hessian.double() - total).norm() / total.norm()) < 1e-6
+        assert torch.equal(statistics.energy, statistics.hessian.diagonal())
+
+
+def test_hessians_are_those_of_the_inputs_behind_rounded_layers(solution, artifact, calibrated):
+    """By hand, in the finished artifact: what lies before a weight is there what it was when the weight was rounded."""
+    executor = load_expert(artifact, "transformer").variant(None).executor
+    assert_moments(solution, executor, calibrated.calls)
+
+
+def test_readers_of_one_input_share_one_hessian(solution):
+    text = [solution.seen[name][1] for name in TEXT]
+    assert all(statistics is text[0] for statistics in text)
+    first, other = (solution.seen[f"blocks.{block}.attn1.to_q.weight"][1] for block in (0, 1))
+    assert first is solution.seen["blocks.0.attn1.to_v.weight"][1]
+    assert first is not other
+
+
+def test_the_artifact_holds_the_solved_planes_and_computes_the_same(solution, artifact, calibrated):
+    stored = load_file(artifact.root / "transformer" / "weights.safetensors")
+    for name in solution.seen:
+        planes = solution.planes.get(name)
+        assert planes.keys() == {"codes", "scales"}
+        for plane, value in planes.items():
+            assert torch.equal(value, stored[f"{name}.{plane}"])
+    expert = load_expert(artifact, "transformer").variant(None)
+    for call, output in zip(calibrated.calls, solution.outputs, strict=True):
+        assert torch.equal(expert(*call.inputs, return_dict=False)[0], output)
+    assert solution.read == sum(calibrated.weight(name.removesuffix(".weight")).nbytes for name in solution.seen)
+    assert solution.planes.get("proj_out.weight") is None
+
+
+def test_no_linear_is_worse_than_nearest_on_its_calibration(solution, calibrated):
+    """The objective that the calibration states, in every linear: below plain rounding in sum, and no row above it."""
+    for name, (source, statistics) in solution.seen.items():
+        weight = prepared_weight(source, calibrated.checkpoint.read(name), solution.program)
+        mask = inverse_mask(solution.program.masks[source.mask])
+        target = block_hadamard(weight * mask, 64)
+        planes = solution.planes.get(name)
+        found = error_energy(target, (planes["codes"], planes["scales"]), statistics.hessian)
+        plain = error_energy(target, quantize(target), statistics.hessian)
+        # Energies are fp32 products; they order rows within this share.
+        assert (found <= plain * (1 + 1e-5)).all()
+        assert found.sum() < 0.8 * plain.sum(), name
+
+
+@pytest.mark.parametrize("activations", ["hif4", "bf16"])
+def test_side_branches_are_made_when_the_input_is_known(calibrated, tmp_path, activations):
+    """The branch reads its factor before the 4-bit linear does, and the residual needs the Hessian by then."""
+    recipe = Recipe("branches", activations=activations, rank=2, rounding="gptq")
+    folder = tmp_path / "planes"
+    folder.mkdir()
+    solution = run(calibrated, recipe, folder)
+    (tmp_path / "file").mkdir()
+    write_weights(solution.program, calibrated.checkpoint, tmp_path / "file", solved=solution.planes.get)
+    tensors = load_file(tmp_path / "file" / "weights.safetensors")
+    specs = {spec.name: spec.dtype for spec in solution.program.tensors.values()}
+    executor = Executor(
+        solution.graph, {name: tensors[name].to(dtype) for name, dtype in specs.items()}, torch.device("cpu")
+    )
+    assert solution.planes.get("blocks.0.ffn.net.2.weight").keys() == {"codes", "scales", "down", "up"}
+    assert_moments(solution, executor, calibrated.calls)
+    for call, output in zip(calibrated.calls, solution.outputs, strict=True):
+        assert torch.equal(executor(*call.inputs)[0], output)
+
+
+def test_only_weights_that_ask_for_it_are_solved_with_statistics(calibrated, tmp_path):
+    """The others are packed as they are, so that the program can run."""
+    recipe = Recipe("plain", keep_high=("blocks.1.*",))
+    solution = run(calibrated, recipe, tmp_path)
+    assert len(solution.seen) == 10
+    assert all(statistics is None for _, statistics in solution.seen.values())
+    codes, scales = quantize(calibrated.weight("blocks.0.attn1.to_q"))
+    planes = solution.planes.get("blocks.0.attn1.to_q.weight")
+    assert torch.equal(planes["codes"], codes)
+    assert torch.equal(planes["scales"], scales)
+
+
+def test_steps_are_measured_with_both_programs(artifact, calibrated):
+    """The manifest's figures, and the ranges that follow from them."""
+    model = load_expert(artifact, "transformer")
+    progress = []
+    with Calibration(calibrated.path) as calibration:
+        errors = measure_steps("transformer", model, calibration.expert("transformer"), progress.append)
+        recorded = list(calibration.expert("transformer").calls())
+    assert progress == [1, 1, 1]
+    assert [error.timestep for error in errors] == [900, 500, 100]
+    for error, (call, expected) in zip(errors, recorded, strict=True):
+        assert error.expert == "transformer"
+        for found, name in ((error.w4a4, None), (error.w4a16, "bf16")):
+            output = model.variant(name)(*call.inputs, return_dict=False)[0].double()
+            noise, signal = (output - expected.double()).square().sum(), expected.double().square().sum()
+            assert found == pytest.approx(float(noise / signal), rel=1e-12)
+    entry = artifact.manifest["experts"]["transformer"]
+    assert [item["w4a4"] for item in entry["step_errors"]] == [error.w4a4 for error in errors]
+    # A third of three steps, and the ends lie midway between timesteps.
+    (chosen,) = entry["bf16_timesteps"]
+    assert chosen in ([700, 1000], [300, 700], [0, 300])
+    assert model.bf16_timesteps == (tuple(chosen),)
