@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from hif4c.passes.producers import LAYER_NORM, Producer, find_producer, some_paths
+from hif4c.passes.producers import LAYER_NORM, find_producer, some_paths
 from hif4c.passes.program import LINEAR, PassResult, Program, TensorSource
 
 __all__ = ["fold_channel_shifts"]
 
 aten = torch.ops.aten
+ADD, CAST = aten.add.Tensor, aten.to.dtype
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def fold_channel_shifts(program: Program, shift_of: Mapping[str, str] | None = N
     computed when the program runs: s is taken off
 
     - the bias of the affine layer norm that makes x,
-    - the bias of the linear whose output reaches x as the value of an attention, whose weights sum to one,
+    - the bias of the linear whose output is x, or reaches it as the value of an attention, whose weights sum to one,
     - or the row of the modulation table that is the shift of the adaptive layer norm that makes x.
 
     Args:
@@ -43,7 +44,7 @@ def fold_channel_shifts(program: Program, shift_of: Mapping[str, str] | None = N
         shift_of: linear's module path -> name of its input's shift.
 
     Raises:
-        ValueError: an unknown linear or shift, or a shift of the wrong length.
+        ValueError: an unknown linear or shift, a shift of the wrong length, or two shifts for one input.
     """
     if not shift_of:
         return PassResult(False, ["the recipe has no channel shifts"])
@@ -52,10 +53,14 @@ def fold_channel_shifts(program: Program, shift_of: Mapping[str, str] | None = N
         raise ValueError(f"shifts are assigned to linears that do not exist: {unknown}")
     by_input: dict[fx.Node, str] = {}
     for node in program.linears():
-        name = shift_of.get(program.linear_path(node))
+        path = program.linear_path(node)
+        name = shift_of.get(path)
         if name is not None:
             _check(program, node, name)
-            by_input[node.args[0]] = name  # type: ignore[index]
+            x = node.args[0]
+            assert isinstance(x, fx.Node)
+            if by_input.setdefault(x, name) != name:
+                raise ValueError(f"{path}: its input is assigned two shifts, {by_input[x]} and {name}")
     folded: dict[str, int] = {}
     kept: dict[str, list[str]] = {}
     for x, name in by_input.items():
@@ -96,61 +101,82 @@ def _spec(program: Program, tensor: fx.Node) -> TensorSource:
 def _own_bias(program: Program, linear: fx.Node) -> fx.Node | None:
     """The stored bias of a linear, None where it has none or shares it."""
     bias = linear.args[2] if len(linear.args) > 2 else None
-    return bias if isinstance(bias, fx.Node) and _is_own(program, bias) else None
+    if not isinstance(bias, fx.Node) or not _is_own(program, bias):
+        return None
+    return bias if program.tensors[bias.name].source == f"{program.linear_path(linear)}.bias" else None
 
 
 def _is_own(program: Program, tensor: fx.Node) -> bool:
-    return tensor.name in program.tensors and len(tensor.users) == 1
+    """Whether it is a tensor of the checkpoint that nothing else reads."""
+    spec = program.tensors.get(tensor.name)
+    return spec is not None and spec.source is not None and len(tensor.users) == 1
 
 
 def _find_site(program: Program, x: fx.Node) -> _Site | str:
+    """Where the shift of x can be taken off, or why nowhere."""
     found = find_producer(x)
-    if isinstance(found, Producer):
-        bias = found.bias
-        if bias is None or not _is_own(program, bias):
-            return "what makes it has no bias of its own"
-        return _Site(bias, 0, "layer norms" if found.node.target is LAYER_NORM else "linears")
-    table = _modulation_row(program, x)
-    return found if table is None else _Site(*table, "modulation tables")
+    if isinstance(found, str):
+        return _modulation_row(program, x) or found
+    if found.bias is None or not _is_own(program, found.bias):
+        return "what makes it has no bias of its own"
+    if not found.keeps_offsets:
+        return "the weights of the attention before it need not sum to one"
+    return _Site(found.bias, 0, "layer norms" if found.node.target is LAYER_NORM else "linears")
 
 
-def _modulation_row(program: Program, x: fx.Node) -> tuple[fx.Node, int] | None:
-    """The table and its row that are added last in an adaptive layer norm, norm * (1 + scale) + shift.
+def _modulation_row(program: Program, x: fx.Node) -> _Site | str | None:
+    """The row of a table that is added last in an adaptive layer norm, norm * (1 + scale) + shift.
 
-    The table [..., rows, D] and the timestep's projection are added and cut into rows; nothing else may read the row.
+    The table [.., rows, D] and the timestep's projection are added and cut into rows. None where x is made otherwise.
     """
-    total = _only_source(x, aten.to.dtype)
-    if total.target is not aten.add.Tensor or total.kwargs:
+    total = x if x.target is not CAST else _behind(x.args[0], CAST)
+    if total is None or total.target is not ADD or total.kwargs:
         return None
     for operand in _node_arguments(total):
-        row = _only_source(operand, aten.squeeze.dim)
-        if row.target is not operator.getitem or len(row.users) > 1:
-            continue
-        (chunk,) = _node_arguments(row)
-        if chunk.target is not aten.chunk.default:
-            continue
-        (modulation,) = _node_arguments(chunk)
-        shape = modulation.meta["val"].shape
-        if chunk.args[1:] != (shape[-2], len(shape) - 2) or modulation.target is not aten.add.Tensor:
+        row = _behind(operand, aten.squeeze.dim)
+        modulation = None if row is None else _whole_modulation(row)
+        if row is None or modulation is None or modulation.meta["val"].shape[-1] != x.meta["val"].shape[-1]:
             continue
         for addend in _node_arguments(modulation):
-            table = _only_source(addend, aten.unsqueeze.default)
-            # In float32, so that the other rows are not rounded again.
-            if _is_own(program, table) and table.meta["val"].dtype == torch.float32:
-                index = row.args[1]
-                assert isinstance(index, int)
-                return (table, index) if table.meta["val"].shape[-2:] == shape[-2:] else None
+            table = _behind(addend, aten.unsqueeze.default)
+            if table is None or not _is_own(program, table):
+                continue
+            rows, width = modulation.meta["val"].shape[-2:]
+            shapes = {tuple(node.meta["val"].shape[-2:]) for node in (addend, table)}
+            if shapes != {(rows, width)} or table.meta["val"].numel() != rows * width:
+                continue
+            if table.meta["val"].dtype != torch.float32:
+                return "the modulation table is not in float32, so its other rows would be rounded again"
+            index = row.args[1]
+            assert isinstance(index, int)
+            return _Site(table, index, "modulation tables")
     return None
 
 
-def _only_source(node: fx.Node, target: Any) -> fx.Node:
-    """What a chain of calls of `target` starts from, as far as nothing else reads its links."""
-    while node.target is target and len(node.all_input_nodes) == 1:
-        source = node.all_input_nodes[0]
-        if len(source.users) > 1:
-            break
-        node = source
-    return node
+def _whole_modulation(row: fx.Node) -> fx.Node | None:
+    """The sum [.., rows, D] that `row` is cut from, where no other reader of the sum sees that row."""
+    if row.target is not operator.getitem:
+        return None
+    chunk, index = row.args
+    assert isinstance(chunk, fx.Node)
+    if chunk.target is not aten.chunk.default or len(chunk.args) != 3:
+        return None
+    modulation, count, axis = chunk.args
+    assert isinstance(modulation, fx.Node)
+    shape = modulation.meta["val"].shape
+    cut = (count, axis % len(shape)) == (shape[-2], len(shape) - 2)  # type: ignore[operator]
+    readers = [user for user in chunk.users if user.args[1] == index]
+    alone = readers == [row] and len(modulation.users) == 1
+    return modulation if cut and alone and modulation.target is ADD and not modulation.kwargs else None
+
+
+def _behind(node: object, target: Any) -> fx.Node | None:
+    """What a chain of calls of `target` starts from; None where something else reads a value of the chain."""
+    while isinstance(node, fx.Node) and len(node.users) == 1:
+        if node.target is not target:
+            return node
+        node = node.args[0]
+    return None
 
 
 def _node_arguments(node: fx.Node) -> list[fx.Node]:

@@ -17,23 +17,30 @@ __all__ = ["LAYER_NORM", "Producer", "find_producer", "some_paths"]
 aten = torch.ops.aten
 LAYER_NORM = aten.layer_norm.default
 ATTENTION = aten.scaled_dot_product_attention.default
-VALUE = 2
-"""Position of the value among the arguments of the attention."""
+VALUE, MASK, DROPOUT = 2, 3, 4
+"""Positions among the arguments of the attention."""
 
 
 @dataclass(frozen=True)
 class Producer:
-    """A layer norm or linear; its weight and bias, None where it has none."""
+    """A layer norm or linear.
+
+    Attributes:
+        node: the call.
+        weight, bias: what it reads, None where it has none.
+        keeps_offsets: whether a constant that is added to one of its channels arrives as the same constant.
+    """
 
     node: fx.Node
     weight: fx.Node | None
     bias: fx.Node | None
+    keeps_offsets: bool
 
 
 def find_producer(x: fx.Node) -> Producer | str:
     """Walk from x through casts, head layout and the value of an attention; why there is none, else.
 
-    An attention mixes tokens, never channels, with weights that sum to one. Nothing else may read a value on the way.
+    An attention mixes tokens, never channels. Nothing else may read a value on the way.
     """
     chain = [x]
     while chain[-1].target in TRACKS:
@@ -51,8 +58,19 @@ def find_producer(x: fx.Node) -> Producer | str:
     first = 2 if producer.target is LAYER_NORM else 1
     weight, bias = (*producer.args[first : first + 2], None, None)[:2]
     return Producer(
-        producer, weight if isinstance(weight, fx.Node) else None, bias if isinstance(bias, fx.Node) else None
+        producer,
+        weight if isinstance(weight, fx.Node) else None,
+        bias if isinstance(bias, fx.Node) else None,
+        keeps_offsets=all(_sums_to_one(node) for node in chain if node.target is ATTENTION),
     )
+
+
+def _sums_to_one(attention: fx.Node) -> bool:
+    """Whether the weights of every token do: not under dropout, nor for a token that a mask keeps from all others."""
+    given = dict(enumerate(attention.args))
+    mask = given.get(MASK, attention.kwargs.get("attn_mask"))
+    dropout = given.get(DROPOUT, attention.kwargs.get("dropout_p"))
+    return mask is None and not dropout
 
 
 def _keeps_channels(chain: Sequence[fx.Node]) -> bool:

@@ -90,6 +90,7 @@ def _check_planned(program: Program) -> None:
         if path is not None and path not in program.decisions:
             raise ValueError(f"{node.name} ({path}) has no decision")
     _check_masks(program)
+    _check_shifts(program)
 
 
 def _check_masks(program: Program) -> None:
@@ -111,6 +112,15 @@ def _check_masks(program: Program) -> None:
                 raise ValueError(f"{path}: a mask with zeros is folded, so its outlier columns are lost")
     if row_masks != folded:
         raise ValueError(f"masks of rows and folded masks differ: {sorted(map(str, row_masks ^ folded))}")
+
+
+def _check_shifts(program: Program) -> None:
+    """What is taken off an input is given back by the linears that read it, and there alone."""
+    taken = {name for spec in program.tensors.values() for _, name in spec.row_shifts}
+    given = {spec.source: spec.input_shift for spec in program.tensors.values() if spec.input_shift is not None}
+    decided = {f"{path}.bias": item.shift for path, item in program.decisions.items() if item.shift is not None}
+    if given != decided or set(given.values()) != taken:
+        raise ValueError(f"inputs are shifted by {sorted(taken)}, linears by {decided}, their biases by {given}")
 
 
 def _check_qdq(program: Program) -> None:

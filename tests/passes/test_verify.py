@@ -243,6 +243,20 @@ def test_planned_what_is_folded_is_folded_somewhere():
     breaks(program, Stage.PLANNED, f"{PATH}.bias has 64 rows, which the mask m does not fit")
 
 
+def test_planned_what_is_taken_off_an_input_is_given_back():
+    program = program_at(Stage.PLANNED)
+    key = "t_blocks_0_to_q_bias"
+    before, decision = program.tensors[key], program.decisions["proj_out"]
+    program.tensors[key] = replace(before, row_shifts=((0, "s"),))
+    breaks(program, Stage.PLANNED, "inputs are shifted by ['s'], linears by {}, their biases by {}")
+    program.decisions["proj_out"] = replace(decision, shift="s")
+    breaks(program, Stage.PLANNED, "linears by {'proj_out.bias': 's'}, their biases by {}")
+    program.tensors["t_proj_out_bias"] = replace(program.tensors["t_proj_out_bias"], input_shift="s")
+    verify(program, Stage.PLANNED)
+    program.tensors[key] = before
+    breaks(program, Stage.PLANNED, "inputs are shifted by [], linears by {'proj_out.bias': 's'}")
+
+
 def test_packed_branches_are_those_of_the_decisions():
     program = branched(Stage.PACKED)
     program.decisions[PATH] = replace(program.decisions[PATH], rank=3)
