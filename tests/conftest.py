@@ -1,6 +1,5 @@
 """Fixtures that several folders share. A capture costs seconds, so each is made once a session and copied for use."""
 
-import copy
 import difflib
 import os
 from collections.abc import Callable, Iterator
@@ -89,11 +88,7 @@ class Captures:
         key = (config, dtype, expand_timesteps)
         if key not in self._programs:
             self._programs[key] = capture(config, dtype, expand_timesteps)
-        program = self._programs[key]
-        return Program(
-            copy.deepcopy(program.graph), dict(program.tensors), list(program.inputs), program.fake_mode,
-            dict(program.symbols), dict(program.decisions), dict(program.masks),
-        )  # fmt: skip
+        return self._programs[key].copy()
 
     def variant(self, variant: str, dtype: torch.dtype = torch.bfloat16) -> Program:
         """The program of the small model of a variant."""
@@ -193,7 +188,7 @@ def inputs() -> Callable[..., Sample]:
 
 @pytest.fixture(scope="session")
 def wan_tiny_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """wan-tiny with the default recipe, compiled once a session through the whole compiler."""
+    """wan-tiny with plain rounding, compiled once a session through the whole compiler."""
     path = tmp_path_factory.mktemp("wan-tiny") / "wan-tiny.hif4"
-    recipes = resolve_recipes(["transformer", "transformer_2"], [], [])
+    recipes = resolve_recipes(["transformer", "transformer_2"], ["rtn"], [])
     return compile_model("wan-tiny", path, CompileOptions(recipes), lambda event, value: None)

@@ -7,6 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from hif4c.compiler.capture import build_transformer
+from hif4c.compiler.choose import Choices
 from hif4c.compiler.models import WanConfig
 from hif4c.compiler.pipeline import run_passes
 from hif4c.compiler.plan import make_plan
@@ -24,7 +25,7 @@ def marked(captures, variant, dtype=torch.bfloat16):
     """The program just before the passes that change numbers."""
     program = captures.variant(variant, dtype)
     config = WanConfig.from_dict(small_config(variant), "config.json")
-    run_passes(program, make_plan(config, Recipe("rtn")), Recipe("rtn"), stop_after="mark_boundaries")
+    run_passes(program, Choices(make_plan(config, Recipe("rtn"))), Recipe("rtn"), stop_after="mark_boundaries")
     return program
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hif4c.compiler.choose import Choices
 from hif4c.compiler.emit import to_graph
 from hif4c.compiler.models import WanConfig
 from hif4c.compiler.pipeline import run_passes
@@ -34,7 +35,7 @@ def transform(captures, variant="t2v", recipe="rtn", stop_after=None, dtype=torc
     program = captures.variant(variant, dtype)
     config = WanConfig.from_dict(small_config(variant), "config.json")
     chosen = load_recipe(recipe)
-    run_passes(program, make_plan(config, chosen), chosen, stop_after=stop_after)
+    run_passes(program, Choices(make_plan(config, chosen)), chosen, stop_after=stop_after)
     return program
 
 

@@ -1,5 +1,6 @@
 import pytest
 
+from hif4c.compiler.choose import Choices
 from hif4c.compiler.models import WanConfig
 from hif4c.compiler.pipeline import PASS_NAMES, run_passes
 from hif4c.compiler.plan import make_plan
@@ -15,12 +16,13 @@ def test_what_each_pass_does_to_a_captured_model(variant, recipe, captures):
     program = captures.variant(variant)
     config = WanConfig.from_dict(small_config(variant), "config.json")
     chosen = load_recipe(recipe)
-    records = {record.name: record for record in run_passes(program, make_plan(config, chosen), chosen)}
+    records = {record.name: record for record in run_passes(program, Choices(make_plan(config, chosen)), chosen)}
     assert tuple(records) == PASS_NAMES
     verify(program, Stage.LOWERED)
     unchanged = {name for name, record in records.items() if not record.changed}
     expected = {"rtn": {"rotate_inputs"}, "weight-only": {"rotate_inputs", "share_quantized_inputs"}, "rotate": set()}
-    assert unchanged == {"apply_channel_masks"} | expected[recipe]
+    calibrated = {"fold_channel_shifts", "apply_channel_masks", "fold_channel_masks"}
+    assert unchanged == calibrated | {"add_side_branches"} | expected[recipe]
     notes = {name: record.notes[0] for name, record in records.items()}
     assert notes["functionalize_rotary"] == "rewrote 4 rotary embeddings"  # q and k of each block
     assert records["choose_precision"].notes == ("6 linears high", f"20 linears {chosen.precision}")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hif4c.compiler.choose import Choices
 from hif4c.compiler.emit import to_graph
 from hif4c.compiler.models import WanConfig
 from hif4c.compiler.pipeline import run_passes
@@ -36,7 +37,8 @@ def relaxed(captures):
     def get(variant="t2v", recipe="rtn"):
         if (variant, recipe) not in made:
             program, chosen = captures.variant(variant), load_recipe(recipe)
-            run_passes(program, make_plan(WanConfig.from_dict(small_config(variant), "config.json"), chosen), chosen)
+            plan = make_plan(WanConfig.from_dict(small_config(variant), "config.json"), chosen)
+            run_passes(program, Choices(plan), chosen)
             relax_activations(program)
             verify(program, Stage.LOWERED)
             made[variant, recipe] = encode(to_graph(program))
