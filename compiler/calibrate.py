@@ -5,27 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from hif4c.compiler.calibration import (
-    MAX_ROWS,
-    Group,
-    expert_entry,
-    thin,
-    write_calibration,
-    write_calls,
-    write_group,
-)
+from hif4c.compiler.calibration import Group
 from hif4c.compiler.calibration_inputs import Call
+from hif4c.compiler.calibration_writer import MAX_ROWS, CalibrationWriter
 from hif4c.compiler.capture import capture
 from hif4c.compiler.checkpoint import Checkpoint, Fingerprint
 from hif4c.compiler.choose import Choices
 from hif4c.compiler.emit import to_graph
 from hif4c.compiler.interpret import interpret
 from hif4c.compiler.locate import ModelLocation
+from hif4c.compiler.models import WanConfig
 from hif4c.compiler.pipeline import run_passes
 from hif4c.compiler.plan import make_plan
 from hif4c.compiler.recipe import Recipe
@@ -34,11 +27,13 @@ from hif4c.passes.program import Program
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.graph import Graph, Node, Ref
 
-__all__ = ["CheckpointStore", "calibrate", "find_groups", "timestep_edges"]
+__all__ = ["BINS", "CheckpointStore", "calibrate", "find_groups", "plan_program", "timestep_edges"]
 
 LINEAR = "aten.linear.default"
 STAGE = "choose_precision"
+"""The last pass before calibration: linears are planned, and nothing of their inputs has changed."""
 BINS = 4
+"""Timestep bins of an expert."""
 
 
 class CheckpointStore:
@@ -73,6 +68,13 @@ class CheckpointStore:
         source = self._specs[name].source
         if source is not None:
             self._checkpoint.release(source)
+
+
+def plan_program(program: Program, config: WanConfig) -> Program:
+    """A captured program made ready for calibration: planned so that every block linear is quantized; changed in place."""
+    recipe = Recipe("calibration")
+    run_passes(program, Choices(make_plan(config, recipe)), recipe, stop_after=STAGE)
+    return program
 
 
 def find_groups(program: Program) -> list[Group]:
@@ -127,58 +129,59 @@ def calibrate(
     for name in location.experts:
         if not calls.get(name):
             raise Hif4Error(f"{name}: no calibration call reached it; use more steps.")
-    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        parts, experts = [], {}
+    planned: dict[WanConfig, Program] = {}
+    with CalibrationWriter(output) as writer:
         for name, path in location.experts.items():
             config = location.configs[name]
-            events("step", f"calibrating {name} on {len(calls[name])} calls")
-            program = capture(config, torch.bfloat16, location.pipeline.expand_timesteps)
-            recipe = Recipe("calibration")
-            run_passes(program, Choices(make_plan(config, recipe)), recipe, stop_after=STAGE)
-            groups = find_groups(program)
+            if config not in planned:  # experts of one config have one program
+                events("step", f"capturing {name}")
+                captured = capture(config, torch.bfloat16, location.pipeline.expand_timesteps)
+                planned[config] = plan_program(captured, config)
+            program = planned[config]
             edges = timestep_edges(location, name)
+            events("step", f"calibrating {name} on {len(calls[name])} calls")
             with Checkpoint(path, config, location.layout) as checkpoint:
                 shapes = {spec.source: spec.shape for spec in program.tensors.values() if spec.source is not None}
                 checkpoint.check(shapes)
                 events("total", checkpoint.total_bytes)
                 store = CheckpointStore(program, checkpoint, lambda size: events("bytes", size))
-                watch = _Watch(to_graph(program), groups, calls[name], edges, Path(folder), name, seed)
+                watch = _Watch(program, calls[name], edges, writer, name, seed)
                 (outputs,) = interpret(watch.graph, [call.inputs for call in calls[name]], store, watch.on_node, device)
+            if watch.left:
+                raise ValueError(f"{name}: the program never came to the inputs of {', '.join(watch.left)}")
             samples = [value.cpu() for value in outputs]
             if not all(bool(torch.isfinite(value).all()) for value in samples):
                 raise Hif4Error(f"{name}: its output on the calibration calls is not finite; check the weights.")
-            parts += [*watch.parts, write_calls(Path(folder), name, list(zip(calls[name], samples, strict=True)))]
-            experts[name] = expert_entry(store.fingerprint.hexdigest(), edges, groups, len(samples))
-        write_calibration(output, location.source, runs, experts, parts)
+            recorded = list(zip(calls[name], samples, strict=True))
+            writer.add_expert(name, store.fingerprint.hexdigest(), edges, recorded)
+        writer.finish(location.source, runs)
 
 
 class _Watch:
-    """Looks at the inputs of the quantized linears as they are computed."""
+    """Looks at the inputs of the quantized linears as they are computed; `left` are the groups still to come."""
 
     def __init__(
         self,
-        graph: Graph,
-        groups: Sequence[Group],
+        program: Program,
         calls: Sequence[Call],
         edges: Sequence[float],
-        folder: Path,
+        writer: CalibrationWriter,
         expert: str,
         seed: int,
     ) -> None:
-        self.graph = graph
-        self.parts: list[Any] = []
-        self._groups = {group.name: (number, group) for number, group in enumerate(groups)}
+        self.graph = to_graph(program)
+        self.left = {group.name: group for group in find_groups(program)}
         self._bins = [_bin(call.noise_level, edges) for call in calls]
         self._bin_count = len(edges) - 1
-        self._folder, self._expert = folder, expert
+        self._writer, self._expert = writer, expert
         self._generator = torch.Generator().manual_seed(seed)
 
     def on_node(self, number: int, node: Node, inputs: list[torch.Tensor]) -> None:
         """Take the input of a group's first reader into account; never replaces the node's value."""
         path = _linear_path(self.graph, node)
-        if path not in self._groups:
+        if path is None or path not in self.left:
             return
-        index, group = self._groups[path]
+        group = self.left.pop(path)
         sketch = ChannelSketch(group.channels, self._bin_count)
         wanted = math.ceil(MAX_ROWS / len(inputs))
         rows = []
@@ -187,11 +190,12 @@ class _Watch:
             try:
                 sketch.update(flat, place)
             except ValueError as error:
-                raise Hif4Error(f"{self._expert}: input of {path}: {error}") from None
+                raise Hif4Error(
+                    f"{self._expert}, input of {path}: {error}; check the weights and the calibration's samples."
+                ) from None
             chosen = torch.randperm(len(flat), generator=self._generator)[:wanted].sort().values
             rows.append(flat[chosen.to(flat.device)].to(torch.bfloat16).cpu())
-        prefix = f"{self._expert}/groups/{path}/"
-        self.parts.append(write_group(self._folder, f"{self._expert}-{index}", prefix, sketch, thin(torch.cat(rows))))
+        self._writer.add_group(self._expert, group, sketch, torch.cat(rows))
 
 
 def _linear_path(graph: Graph, node: Node) -> str | None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,15 +24,14 @@ import torch
 
 from hif4c.compiler.calibration_inputs import Call
 from hif4c.compiler.sketch import ChannelSketch
+from hif4c.runtime.components import EXPERT_NAMES
 from hif4c.runtime.errors import Hif4Error
-from hif4c.runtime.safetensors_stream import StreamingWriter, TensorFile, TensorSpec, tensor_bytes
+from hif4c.runtime.safetensors_stream import TensorFile
 
-__all__ = ["MAX_ROWS", "Calibration", "ExpertCalibration", "Group", "merge_calibrations", "write_calibration"]
+__all__ = ["KEY", "VERSION", "Calibration", "ExpertCalibration", "Group"]
 
 KEY = "hif4c_calibration"
 VERSION = 1
-MAX_ROWS = 256
-"""Tokens that are kept of every group."""
 
 
 @dataclass(frozen=True)
@@ -61,44 +61,62 @@ class ExpertCalibration:
         fingerprint: of the weights that were calibrated.
         edges: of the timestep bins, ascending; bin i is [edges[i], edges[i + 1]), the last one closed.
         groups: name -> group, in the program's order.
-        call_count: recorded calls.
+        texts: for every recorded call the number of its text embeddings.
     """
 
     name: str
     fingerprint: str
     edges: tuple[float, ...]
     groups: Mapping[str, Group]
-    call_count: int
+    texts: tuple[int, ...]
     _file: TensorFile
 
+    @property
+    def call_count(self) -> int:
+        """Recorded calls."""
+        return len(self.texts)
+
+    def group_of(self, path: str) -> str | None:
+        """Name of the group that a linear reads, None where it was not calibrated."""
+        return next((group.name for group in self.groups.values() if path in group.readers), None)
+
     def sketch(self, group: str) -> ChannelSketch:
-        """The group's histograms."""
+        """The group's histograms.
+
+        Raises:
+            Hif4Error: the numbers in the file do not belong together.
+        """
         prefix = f"{self.name}/groups/{group}/sketch."
         tensors = {key.removeprefix(prefix): self._file.read(key) for key in self._file.names if key.startswith(prefix)}
         sketch = ChannelSketch.from_tensors(tensors, f"{self._file.path}: {self.name}, {group}")
-        if sketch.channels != self.groups[group].channels or not int(sketch.count().sum()):
-            raise Hif4Error(
-                f"{self._file.path}: {group} has a sketch of another width or of no token; calibrate again."
-            )
+        if (sketch.channels, sketch.bins) != (self.groups[group].channels, len(self.edges) - 1):
+            raise self._damaged(f"{group} has a sketch of {sketch.channels} channels and {sketch.bins} timestep bins")
+        if not int(sketch.count().sum()):
+            raise self._damaged(f"{group} has a sketch without a token")
         return sketch
 
     def rows(self, group: str) -> torch.Tensor:
-        """Tokens [R, K] bf16 of the group's input."""
-        rows = self._file.read(f"{self.name}/groups/{group}/rows")
-        if rows.dim() != 2 or rows.shape[1] != self.groups[group].channels or rows.dtype != torch.bfloat16:
-            raise Hif4Error(f"{self._file.path}: {group} has rows {list(rows.shape)}; calibrate again.")
-        return rows
+        """Tokens [R, K] bf16 of the group's input, R >= 1.
+
+        Raises:
+            Hif4Error: a value that is not finite.
+        """
+        return self._finite(f"{self.name}/groups/{group}/rows")
 
     def calls(self) -> Iterator[tuple[Call, torch.Tensor]]:
-        """The recorded calls with the unquantized program's output."""
-        for index in range(self.call_count):
+        """The recorded calls with the unquantized program's output [B, C, F, H, W] bf16.
+
+        Raises:
+            Hif4Error: a value that is not finite.
+        """
+        for index, text in enumerate(self.texts):
             prefix = f"{self.name}/calls/{index}/"
-            text = int(self._file.read(prefix + "text"))
-            parts = [self._file.read(prefix + key) for key in ("hidden_states", "timestep")]
-            yield (
-                Call(parts[0], parts[1], self._file.read(f"{self.name}/texts/{text}")),
-                self._file.read(prefix + "sample"),
+            call = Call(
+                self._finite(prefix + "hidden_states"),
+                self._finite(prefix + "timestep"),
+                self._finite(f"{self.name}/texts/{text}"),
             )
+            yield call, self._finite(prefix + "sample")
 
     def bins_in(self, low: float, high: float) -> list[int]:
         """The timestep bins that overlap [low, high].
@@ -106,21 +124,30 @@ class ExpertCalibration:
         Raises:
             Hif4Error: none does.
         """
-        found = [
-            index for index in range(len(self.edges) - 1) if self.edges[index] < high and low < self.edges[index + 1]
-        ]
+        bins = zip(self.edges, self.edges[1:], strict=False)
+        found = [index for index, (start, end) in enumerate(bins) if start < high and low < end]
         if not found:
             raise Hif4Error(
-                f"{self._file.path}: {self.name} was calibrated on timesteps {self.edges}, not {low}-{high}."
+                f"{self._file.path}: {self.name} was calibrated on timesteps {self.edges[0]:g} to {self.edges[-1]:g}, "
+                f"not {low:g} to {high:g}; choose others."
             )
         return found
 
+    def _finite(self, name: str) -> torch.Tensor:
+        tensor = self._file.read(name)
+        if not bool(torch.isfinite(tensor).all()):
+            raise self._damaged(f"{name} holds NaN or infinite values")
+        return tensor
+
+    def _damaged(self, what: str) -> Hif4Error:
+        return Hif4Error(f"{self._file.path}: {what}; the file is damaged, make it again with `hif4c calibrate`.")
+
 
 class Calibration:
-    """An open calibration file.
+    """An open calibration file; its header and the shapes of its tensors are checked, values when they are read.
 
     Raises:
-        Hif4Error: not a calibration file, or a damaged one.
+        Hif4Error: not a calibration file, one of another version, or a damaged one.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -130,44 +157,33 @@ class Calibration:
         if text is None:
             raise Hif4Error(f"{self.path}: is not a calibration file; make one with `hif4c calibrate`.")
         try:
-            self.header: dict[str, Any] = json.loads(text)
-            if self.header["version"] != VERSION:
-                found = self.header["version"]
+            header = json.loads(text)
+            if header["version"] != VERSION:
+                found = header["version"]
                 raise Hif4Error(f"{self.path}: has version {found!r}, this hif4c reads {VERSION}; calibrate again.")
-            self.model = str(self.header["model"])
-            self.runs: list[dict[str, Any]] = list(self.header["runs"])
-            self.experts = {name: self._expert(name, entry) for name, entry in self.header["experts"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise Hif4Error(f"{self.path}: its header is damaged ({error}); calibrate again.") from None
-
-    def _expert(self, name: str, entry: Mapping[str, Any]) -> ExpertCalibration:
-        groups = [Group(tuple(map(str, item["readers"])), int(item["channels"])) for item in entry["groups"]]
-        edges = tuple(float(edge) for edge in entry["edges"])
-        if len(edges) < 2 or list(edges) != sorted(set(edges)) or any(not group.readers for group in groups):
-            raise ValueError("bins or groups are not in order")
-        known = set(self._file.names)
-        for group in groups:
-            if f"{name}/groups/{group.name}/rows" not in known:
-                raise ValueError(f"{group.name} has no tensors")
-        return ExpertCalibration(
-            name,
-            str(entry["fingerprint"]),
-            edges,
-            {group.name: group for group in groups},
-            int(entry["calls"]),
-            self._file,
-        )
+            self.model: str = _typed(header["model"], str)
+            self.runs: list[dict[str, Any]] = [_typed(run, dict) for run in _typed(header["runs"], list)]
+            self.experts = {
+                name: _parse_expert(name, entry, self._file) for name, entry in _typed(header["experts"], dict).items()
+            }
+            if not self.experts:
+                raise ValueError("no expert")
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise Hif4Error(
+                f"{self.path}: its header is damaged ({str(error)[:200]}); make it again with `hif4c calibrate`."
+            ) from None
 
     def expert(self, name: str) -> ExpertCalibration:
         """One expert's part; raises Hif4Error when it was not calibrated."""
         if name not in self.experts:
-            raise Hif4Error(f"{self.path}: {name} was not calibrated; it has {', '.join(self.experts)}.")
+            raise Hif4Error(
+                f"{self.path}: {name} was not calibrated, only {', '.join(self.experts)}; calibrate this model."
+            )
         return self.experts[name]
 
     def check(self, name: str, fingerprint: str) -> None:
         """Refuse (Hif4Error) a file that was made from other weights."""
-        expert = self.expert(name)
-        if expert.fingerprint != fingerprint:
+        if self.expert(name).fingerprint != fingerprint:
             raise Hif4Error(
                 f"{self.path}: was made from other weights than this {name} (of {self.model}); calibrate this model."
             )
@@ -188,119 +204,62 @@ class Calibration:
         self.close()
 
 
-def write_calibration(
-    path: Path,
-    model: str,
-    runs: list[dict[str, Any]],
-    experts: Mapping[str, dict[str, Any]],
-    parts: Sequence[TensorFile],
-) -> None:
-    """Assemble a calibration file from files that hold its tensors under their final names.
-
-    Args:
-        path: the file; its folder must exist. A half-written file never has this name.
-        model: name of the model.
-        runs: where the samples came from.
-        experts: name -> {"fingerprint", "edges", "groups", "calls"}.
-        parts: their tensors, in the order of the file.
-    """
-    specs = [TensorSpec(name, *part.info(name)) for part in parts for name in part.names]
-    header = {"version": VERSION, "model": model, "runs": runs, "experts": dict(experts)}
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    temporary = f".{path.name}.{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-    file = path.parent / f"{temporary}.safetensors"
-    file.unlink(missing_ok=True)
-    with StreamingWriter(
-        path.parent, specs, base_name=temporary, shard_bytes=1 << 62, metadata={KEY: text}, fsync=True
-    ) as writer:
-        for part in parts:
-            for name in part.names:
-                writer.write(name, part.read(name))
-                part.release(name)
-    file.replace(path)
+def _parse_expert(name: str, entry: Any, file: TensorFile) -> ExpertCalibration:
+    """Check what the header says of an expert against itself and against the tensors that there are (ValueError)."""
+    if name not in EXPERT_NAMES:  # names of experts become names of files
+        raise ValueError(f"{name!r} is not one of {', '.join(EXPERT_NAMES)}")
+    edges = tuple(float(_typed(edge, int, float)) for edge in _typed(entry["edges"], list))
+    if len(edges) < 2 or not all(map(math.isfinite, edges)) or list(edges) != sorted(set(edges)):
+        raise ValueError(f"{name}: the edges of the timestep bins are not ascending")
+    groups = [
+        Group(tuple(_typed(path, str) for path in _typed(item["readers"], list)), _typed(item["channels"], int))
+        for item in _typed(entry["groups"], list)
+    ]
+    paths = [path for group in groups for path in group.readers]
+    if not groups or not all(group.readers for group in groups) or len(set(paths)) < len(paths):
+        raise ValueError(f"{name}: the groups are not disjoint sets of linears")
+    known = {key: file.info(key) for key in file.names if key.startswith(f"{name}/")}
+    for group in groups:
+        _check_tensor(known, f"{name}/groups/{group.name}/rows", torch.bfloat16, (None, group.channels))
+    count = _typed(entry["calls"], int)
+    if count < 1:
+        raise ValueError(f"{name}: {count} calls")
+    texts = tuple(_check_call(name, index, known, file) for index in range(count))
+    named = {group.name: group for group in groups}
+    return ExpertCalibration(name, _typed(entry["fingerprint"], str), edges, named, texts, file)
 
 
-def merge_calibrations(paths: Sequence[Path], output: Path) -> None:
-    """Merge calibrations of one model: histograms are added, rows and calls put one after the other.
-
-    Rows above `MAX_ROWS` are thinned out evenly.
-
-    Raises:
-        Hif4Error: files of different weights, bins or groups.
-    """
-    from tempfile import TemporaryDirectory
-
-    files = [Calibration(path) for path in paths]
-    first = files[0]
-    for other in files[1:]:
-        if other.experts.keys() != first.experts.keys():
-            raise Hif4Error(f"{other.path}: has other experts than {first.path}; merge calibrations of one model.")
-        for name, expert in other.experts.items():
-            mine = first.experts[name]
-            if expert.fingerprint != mine.fingerprint:
-                raise Hif4Error(f"{other.path}: was made from other weights than {first.path}.")
-            if (expert.edges, expert.groups) != (mine.edges, mine.groups):
-                raise Hif4Error(f"{other.path}: has other timestep bins or groups than {first.path}.")
-    with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-        parts, experts = [], {}
-        for name, mine in first.experts.items():
-            for index, group in enumerate(mine.groups):
-                sketch = files[0].experts[name].sketch(group)
-                for file in files[1:]:
-                    try:
-                        sketch.merge(file.experts[name].sketch(group))
-                    except ValueError as error:
-                        raise Hif4Error(f"{file.path}: {name}, {group} cannot be merged: {error}") from None
-                rows = torch.cat([file.experts[name].rows(group) for file in files])
-                parts.append(
-                    write_group(Path(folder), f"{name}-{index}", f"{name}/groups/{group}/", sketch, thin(rows))
-                )
-            calls = [item for file in files for item in file.experts[name].calls()]
-            parts.append(write_calls(Path(folder), name, calls))
-            experts[name] = expert_entry(mine.fingerprint, mine.edges, list(mine.groups.values()), len(calls))
-        write_calibration(output, first.model, [run for file in files for run in file.runs], experts, parts)
+_Known = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
-def thin(rows: torch.Tensor) -> torch.Tensor:
-    """At most MAX_ROWS of the rows, evenly spaced."""
-    if len(rows) <= MAX_ROWS:
-        return rows
-    return rows[torch.arange(MAX_ROWS) * len(rows) // MAX_ROWS]
+def _check_call(expert: str, index: int, known: _Known, file: TensorFile) -> int:
+    """Check the tensors of a recorded call against each other; returns the number of its text embeddings."""
+    prefix = f"{expert}/calls/{index}/"
+    batch, _, *size = _check_tensor(known, f"{prefix}hidden_states", torch.bfloat16, (None,) * 5)
+    _check_tensor(known, f"{prefix}sample", torch.bfloat16, (batch, None, *size))
+    _check_tensor(known, f"{prefix}text", torch.int64, ())
+    steps = known.get(f"{prefix}timestep", (None, ()))[1]
+    _check_tensor(known, f"{prefix}timestep", torch.float32, (batch,) if len(steps) == 1 else (batch, None))
+    text = int(file.read(f"{prefix}text"))
+    _check_tensor(known, f"{expert}/texts/{text}", torch.bfloat16, (batch, None, None))
+    return text
 
 
-def expert_entry(fingerprint: str, edges: Sequence[float], groups: Sequence[Group], calls: int) -> dict[str, Any]:
-    """What the header says of one expert."""
-    entries = [{"readers": list(group.readers), "channels": group.channels} for group in groups]
-    return {"fingerprint": fingerprint, "edges": list(edges), "groups": entries, "calls": calls}
+def _check_tensor(known: _Known, name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> tuple[int, ...]:
+    """The tensor's shape, which must be `shape` (None: any size from 1); raises ValueError."""
+    if name not in known:
+        raise ValueError(f"tensor {name} is missing")
+    found, sizes = known[name]
+    fits = len(sizes) == len(shape) and all(
+        size > 0 and wanted in (None, size) for size, wanted in zip(sizes, shape, strict=True)
+    )
+    if found != dtype or not fits:
+        raise ValueError(f"tensor {name} is {found} {list(sizes)}")
+    return sizes
 
 
-def write_group(folder: Path, base: str, prefix: str, sketch: ChannelSketch, rows: torch.Tensor) -> TensorFile:
-    """A part with one group's tensors, so that they need not stay in memory."""
-    tensors = {f"{prefix}sketch.{key}": value for key, value in sketch.to_tensors().items()}
-    return _write_part(folder, base, {**tensors, f"{prefix}rows": rows})
-
-
-def write_calls(folder: Path, expert: str, calls: Sequence[tuple[Call, torch.Tensor]]) -> TensorFile:
-    """A part with the calls; text embeddings that several calls share are stored once."""
-    texts: dict[str, int] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    for index, (call, sample) in enumerate(calls):
-        text = call.encoder_hidden_states
-        number = texts.setdefault(hashlib.sha256(tensor_bytes(text)).hexdigest(), len(texts))
-        tensors[f"{expert}/texts/{number}"] = text
-        prefix = f"{expert}/calls/{index}/"
-        tensors |= {
-            f"{prefix}hidden_states": call.hidden_states,
-            f"{prefix}timestep": call.timestep.float(),
-            f"{prefix}text": torch.tensor(number),
-            f"{prefix}sample": sample,
-        }
-    return _write_part(folder, f"{expert}-calls", tensors)
-
-
-def _write_part(folder: Path, base: str, tensors: Mapping[str, torch.Tensor]) -> TensorFile:
-    specs = [TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
-    with StreamingWriter(folder, specs, base_name=base, shard_bytes=1 << 62) as writer:
-        for name, value in tensors.items():
-            writer.write(name, value)
-    return TensorFile(folder / f"{base}.safetensors")
+def _typed(value: Any, *kinds: type) -> Any:
+    """A value of the JSON header, of exactly one of the given types (a bool is no int); raises TypeError."""
+    if type(value) not in kinds:
+        raise TypeError(f"{str(value)[:40]!r} is not of type {' or '.join(kind.__name__ for kind in kinds)}")
+    return value

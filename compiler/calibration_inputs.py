@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from hif4c.compiler.models import EXPERT_NAMES, WanConfig
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.sampling import SamplingSettings, sample_latents
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["Call", "ClipFile", "calls_from_clips", "calls_from_trajectory", "find_clips"]
 
 VIDEO_SUFFIXES = (".mp4", ".gif", ".webm", ".mov", ".mkv")
+ARGUMENTS = ("hidden_states", "timestep", "encoder_hidden_states")
+"""What a transformer is called with, in the order of its parameters and of the captured program."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class Call:
     def noise_level(self) -> float:
         """The timestep, 0 to 1000; of expanded timesteps the largest, as first-frame tokens have 0."""
         return float(self.timestep.max())
+
+    def first(self, count: int) -> Call:
+        """The first clips of the batch."""
+        return Call(self.hidden_states[:count], self.timestep[:count], self.encoder_hidden_states[:count])
 
     @property
     def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -76,50 +85,48 @@ def calls_from_trajectory(
         on_step: called with the number of clips after every denoising step.
 
     Returns:
-        Expert -> its calls in the order of sampling.
+        Expert -> its calls in the order of sampling; none for an expert whose timesteps no step came to.
+
+    Raises:
+        Hif4Error: no prompt, or settings that do not fit the model.
     """
     if not prompts:
         raise Hif4Error("a calibration needs at least one prompt.")
     generator = random.Random(seed)
-    kept: dict[str, list[Call]] = {}
-    seen: dict[str, int] = {}
-    places: dict[str, list[int]] = {}
-
-    def record(name: str) -> Callable[..., None]:
-        def hook(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = {**dict(zip(("hidden_states", "timestep", "encoder_hidden_states"), args, strict=False)), **kwargs}
-            found = Call(
-                *(
-                    given[key].detach().to("cpu", copy=True)
-                    for key in ("hidden_states", "timestep", "encoder_hidden_states")
-                )
-            )
-            # Reservoir sampling: every call has the same chance, however many there are.
-            calls, where = kept.setdefault(name, []), places.setdefault(name, [])
-            number = seen[name] = seen.get(name, 0) + 1
-            if len(calls) < limit:
-                calls.append(found)
-                where.append(number)
-            elif (slot := generator.randrange(number)) < limit:
-                calls[slot], where[slot] = found, number
-
-        return hook
-
-    experts = {name: module for name in ("transformer", "transformer_2") if (module := getattr(pipeline, name, None))}
-    handles = [module.register_forward_pre_hook(record(name), with_kwargs=True) for name, module in experts.items()]
+    experts = {name: module for name in EXPERT_NAMES if (module := getattr(pipeline, name, None)) is not None}
+    kept = {name: _Reservoir(limit, generator) for name in experts}
+    handles = [module.register_forward_pre_hook(kept[name].hook, with_kwargs=True) for name, module in experts.items()]
     try:
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
-            step = None if on_step is None else _counted(on_step, len(part))
+            step = None if on_step is None else partial(on_step, len(part))
             seeds = range(seed + start, seed + start + len(part))
             sample_latents(pipeline, part, seeds, settings, image=image, on_step=step)
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        name: [call for _, call in sorted(zip(places[name], calls, strict=True), key=lambda item: item[0])]
-        for name, calls in kept.items()
-    }
+    return {name: [reservoir.calls[number] for number in sorted(reservoir.calls)] for name, reservoir in kept.items()}
+
+
+class _Reservoir:
+    """Some of the calls of a module: each has the same chance to be kept, however many there will be."""
+
+    def __init__(self, limit: int, generator: random.Random) -> None:
+        self.calls: dict[int, Call] = {}
+        self._limit, self._generator = limit, generator
+        self._seen = 0
+
+    def hook(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Called before the module is."""
+        number = self._seen
+        self._seen += 1
+        if len(self.calls) == self._limit:
+            slot = self._generator.randrange(self._seen)
+            if slot >= self._limit:
+                return
+            del self.calls[list(self.calls)[slot]]
+        given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+        self.calls[number] = Call(*(given[key].detach().to("cpu", copy=True) for key in ARGUMENTS))
 
 
 @dataclass(frozen=True)
@@ -142,11 +149,13 @@ def find_clips(folder: Path) -> list[ClipFile]:
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in VIDEO_SUFFIXES:
             try:
-                clips.append(ClipFile(path, path.with_suffix(".txt").read_text().strip()))
+                clips.append(ClipFile(path, path.with_suffix(".txt").read_text(encoding="utf-8").strip()))
             except (OSError, UnicodeDecodeError):
-                raise Hif4Error(f"{path}: has no caption; write it to {path.stem}.txt beside it.") from None
+                raise Hif4Error(
+                    f"{path}: has no caption; write it to {path.stem}.txt beside it, as UTF-8 text."
+                ) from None
     if not clips:
-        raise Hif4Error(f"{folder}: holds no clip ({', '.join(VIDEO_SUFFIXES)}).")
+        raise Hif4Error(f"{folder}: holds no clip; put videos there ({', '.join(VIDEO_SUFFIXES)}) and their captions.")
     return clips
 
 
@@ -155,6 +164,7 @@ def calls_from_clips(
     pipeline: DiffusionPipeline,
     clips: Sequence[ClipFile],
     settings: SamplingSettings,
+    config: WanConfig,
     *,
     seed: int = 0,
     limit: int = 32,
@@ -163,43 +173,47 @@ def calls_from_clips(
     """Noise the clips' latents to timesteps of each expert, x_t = (1 - s) x_0 + s e; no sampling run is needed.
 
     Args:
-        pipeline: the original pipeline; its transformers are not run and may be absent (None) but for the ones in use.
+        pipeline: the original text-to-video pipeline; its experts need not be loaded.
         clips: at least one; calls go round over them.
-        settings: size and frames that clips are brought to; steps, from which the timesteps are taken.
+        settings: size and frames that clips are brought to; steps, from which the timesteps are taken; with guidance
+            every second call has the empty prompt instead of the caption.
+        config: an expert's.
         seed: of noise and timesteps.
-        limit: calls an expert.
+        limit: calls an expert, spread evenly over its steps.
         on_call: called with 1 after every call that was made.
 
+    Returns:
+        Expert -> its calls of one clip, from the first step to the last; none for an expert without a step.
+
     Raises:
-        Hif4Error: a file cannot be read or is too short, or the pipeline is image-to-video.
+        Hif4Error: a file cannot be read or is too short, or the settings do not fit the model.
     """
-    if pipeline.config.get("_class_name", type(pipeline).__name__) == "WanImageToVideoPipeline":
-        raise Hif4Error("clips do not calibrate an image-to-video model; sample its own trajectory instead.")
+    settings.check(pipeline, config)
     pipeline.scheduler.set_timesteps(settings.steps)
-    timesteps = [float(value) for value in pipeline.scheduler.timesteps]
-    served = _timesteps_by_expert(pipeline, timesteps)
+    served = _timesteps_by_expert(pipeline, [float(value) for value in pipeline.scheduler.timesteps])
     generator = torch.Generator().manual_seed(seed)
-    texts = {"": _embed(pipeline, "", settings)}
-    made: dict[str, list[Call]] = {name: [] for name in served}
+    choices = random.Random(seed)
     latents: dict[Path, torch.Tensor] = {}
-    chosen = random.Random(seed)
+    texts: dict[str, torch.Tensor] = {}
+    made: dict[str, list[Call]] = {name: [] for name in served}
     for name, values in served.items():
-        for number in range(limit):
-            clip = clips[number % len(clips)]
+        for number in range(limit if values else 0):
+            turn, place = divmod(number, len(clips))
+            clip = clips[place]
             if clip.path not in latents:
                 latents[clip.path] = _encode(pipeline, _read_clip(clip.path, settings))
-                texts.setdefault(clip.caption, _embed(pipeline, clip.caption, settings))
-            clean = latents[clip.path]
-            # Stratified over the expert's steps; guidance asks for the empty prompt as often as for the caption.
-            part = values[number * len(values) // limit : max((number + 1) * len(values) // limit, 1)] or values
-            timestep = chosen.choice(part)
+            # A clip that comes again comes with the other prompt, whether the number of clips is even or odd.
+            caption = "" if settings.guidance > 1 and (turn + place) % 2 else clip.caption
+            if caption not in texts:
+                texts[caption] = _embed(pipeline, caption, settings)
+            first = number * len(values) // limit
+            last = max((number + 1) * len(values) // limit, first + 1)
+            timestep = choices.choice(values[first:last])
             sigma = timestep / pipeline.scheduler.config.num_train_timesteps
+            clean = latents[clip.path]
             noise = torch.randn(clean.shape, generator=generator)
             video = ((1 - sigma) * clean + sigma * noise).to(torch.bfloat16)
-            unconditional = settings.guidance > 1 and number % 2 == 1
-            made[name].append(
-                Call(video, _timestep_tensor(pipeline, timestep, video), texts["" if unconditional else clip.caption])
-            )
+            made[name].append(Call(video, _timestep_tensor(pipeline, config, timestep, video), texts[caption]))
             if on_call is not None:
                 on_call(1)
     return made
@@ -216,11 +230,12 @@ def _timesteps_by_expert(pipeline: DiffusionPipeline, timesteps: Sequence[float]
     }
 
 
-def _timestep_tensor(pipeline: DiffusionPipeline, timestep: float, video: torch.Tensor) -> torch.Tensor:
+def _timestep_tensor(
+    pipeline: DiffusionPipeline, config: WanConfig, timestep: float, video: torch.Tensor
+) -> torch.Tensor:
     if not pipeline.config.get("expand_timesteps"):
         return torch.full((1,), timestep)
-    expert = pipeline.transformer if pipeline.transformer is not None else pipeline.transformer_2
-    tokens = math.prod(size // patch for size, patch in zip(video.shape[2:], expert.config.patch_size, strict=True))
+    tokens = math.prod(size // patch for size, patch in zip(video.shape[2:], config.patch_size, strict=True))
     return torch.full((1, tokens), timestep)
 
 
@@ -237,8 +252,8 @@ def _read_clip(path: Path, settings: SamplingSettings) -> torch.Tensor:
     from PIL import Image
 
     try:
-        frames = [frame for frame, _ in zip(iio.imiter(path), range(settings.frames), strict=False)]
-    except (OSError, ValueError, RuntimeError) as error:
+        frames = list(islice(iio.imiter(path, plugin="pyav"), settings.frames))
+    except (OSError, EOFError, ValueError, RuntimeError) as error:
         raise Hif4Error(f"{path}: cannot be read as a video ({error}).") from None
     if len(frames) < settings.frames:
         raise Hif4Error(f"{path}: has {len(frames)} frames; {settings.frames} are needed.")
@@ -256,7 +271,3 @@ def _encode(pipeline: DiffusionPipeline, video: torch.Tensor) -> torch.Tensor:
     mean = torch.tensor(vae.config.latents_mean).view(shape)
     std = torch.tensor(vae.config.latents_std).view(shape)
     return (latents - mean) / std
-
-
-def _counted(on_step: Callable[[int], None], count: int) -> Callable[[], None]:
-    return lambda: on_step(count)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hif4c.compiler.calibrate import calibrate
-from hif4c.compiler.calibration_inputs import calls_from_clips, calls_from_trajectory, find_clips
+from hif4c.compiler.calibration_inputs import Call, calls_from_clips, calls_from_trajectory, find_clips
+from hif4c.compiler.calibration_writer import check_calibration_path
 from hif4c.compiler.locate import ModelLocation
 from hif4c.compiler.sampling_defaults import sampling_defaults
 from hif4c.runtime.errors import Hif4Error
@@ -76,7 +80,7 @@ def run_calibration(
 
     Args:
         location: a model with its whole pipeline.
-        output: the file; overwritten only when the new one is complete.
+        output: the file; its folder is made, and an older file gives way when the new one is complete.
         options: see `CalibrationOptions`.
         events: ("step", sentence), ("total", amount) and ("bytes", amount).
 
@@ -87,37 +91,68 @@ def run_calibration(
     settings = SamplingSettings.from_defaults(sampling_defaults(location.configs), **dict(options.sampling))
     if location.layout != "diffusers" or not (location.root / "model_index.json").is_file():
         raise Hif4Error(f"{location.root}: has no pipeline (model_index.json); calibrate a diffusers directory.")
-    first_frame = open_image(options.image, location.pipeline.class_name, settings)
-    clips = None if options.clips is None else find_clips(options.clips)
-    prompts: Sequence[str] = options.prompts or builtin_prompts(location, options.count, options.seed)
-    pipeline = load_components(str(location.root), location.pipeline.class_name).to(device)
-    if clips is not None:
-        events("step", f"noising {len(clips)} clips")
-        events("total", options.calls * len(location.experts))
-        calls = calls_from_clips(
-            pipeline, clips, settings, seed=options.seed, limit=options.calls, on_call=lambda n: events("bytes", n)
-        )
-        source: dict[str, Any] = {"source": "clips", "clips": [clip.path.name for clip in clips]}
-    else:
-        events("step", f"sampling {len(prompts)} prompts")
-        events("total", settings.steps * len(prompts))
-        calls = calls_from_trajectory(
-            pipeline,
-            prompts,
-            settings,
-            seed=options.seed,
-            limit=options.calls,
-            batch=options.batch,
-            image=first_frame,
-            on_step=lambda n: events("bytes", n),
-        )
-        source = {"source": "trajectory", "prompts": list(prompts)}
-    del pipeline  # the program reads the weights from the checkpoint, one layer at a time
+    check_calibration_path(output)
+    make_calls = _calls_from_trajectory if options.clips is None else _calls_from_clips
+    calls, source = make_calls(location, settings, options, device, events)
     source |= {"seed": options.seed, "steps": settings.steps, "guidance": settings.guidance}
     source |= {"height": settings.height, "width": settings.width, "frames": settings.frames}
     source["calls"] = {name: len(found) for name, found in calls.items()}
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Hif4Error(f"{output.parent}: cannot be written ({error.strerror}).") from None
     calibrate(location, calls, output, [source], seed=options.seed, device=device, events=events)
+
+
+Made = tuple[dict[str, list[Call]], dict[str, Any]]
+"""Calls of every expert, and where they came from."""
+
+
+def _calls_from_trajectory(
+    location: ModelLocation,
+    settings: SamplingSettings,
+    options: CalibrationOptions,
+    device: torch.device,
+    events: Events,
+) -> Made:
+    image = open_image(options.image, location.pipeline.class_name, settings)
+    prompts = options.prompts or builtin_prompts(location, options.count, options.seed)
+    pipeline = load_components(str(location.root), location.pipeline.class_name).to(device)
+    events("step", f"sampling {len(prompts)} prompts")
+    events("total", settings.steps * len(prompts))
+    calls = calls_from_trajectory(
+        pipeline,
+        prompts,
+        settings,
+        seed=options.seed,
+        limit=options.calls,
+        batch=options.batch,
+        image=image,
+        on_step=partial(events, "bytes"),
+    )
+    return calls, {"source": "trajectory", "prompts": list(prompts)}
+
+
+def _calls_from_clips(
+    location: ModelLocation,
+    settings: SamplingSettings,
+    options: CalibrationOptions,
+    device: torch.device,
+    events: Events,
+) -> Made:
+    assert options.clips is not None
+    if location.pipeline.class_name == "WanImageToVideoPipeline":
+        raise Hif4Error("clips do not calibrate an image-to-video model; let it sample prompts with --image instead.")
+    if options.image is not None or options.prompts:
+        raise Hif4Error("clips bring their own captions and frames; leave out --image and --prompt-file, or --clips.")
+    clips = find_clips(options.clips)
+    source = str(location.root)
+    pipeline = load_components(source, location.pipeline.class_name, without_experts=True).to(device)
+    events("step", f"noising {len(clips)} clips")
+    events("total", options.calls * len(location.experts))
+    calls = calls_from_clips(
+        pipeline,
+        clips,
+        settings,
+        next(iter(location.configs.values())),
+        seed=options.seed,
+        limit=options.calls,
+        on_call=partial(events, "bytes"),
+    )
+    return calls, {"source": "clips", "clips": [clip.path.name for clip in clips]}

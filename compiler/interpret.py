@@ -52,7 +52,7 @@ def interpret(
 
     Args:
         graph: any program whose targets are in `hif4c.runtime.graph.TARGETS`.
-        samples: at least one.
+        samples: inputs, at least one sample; sizes may differ from sample to sample.
         store: the stored tensors.
         on_node: see above.
         device: where nodes run; samples and tensors are moved there when they are used.
@@ -62,18 +62,23 @@ def interpret(
         index: _PerSample(sample[index] for sample in samples) for index in range(len(graph.inputs))
     }
     first_tensor, first_node = len(graph.inputs), graph.first_node
+
+    def load(arguments: Any) -> None:
+        for ref in refs(arguments):
+            if first_tensor <= ref.index < first_node and ref.index not in values:
+                values[ref.index] = store.load(graph.tensors[ref.index - first_tensor].name).to(device)
+
     dead = _last_uses(graph)
     for number, node in enumerate(graph.nodes):
-        replaced = _shown(number, node, values, on_node, device)
-        if replaced is None:
-            for ref in refs(node.args):
-                if first_tensor <= ref.index < first_node and ref.index not in values:
-                    values[ref.index] = store.load(graph.tensors[ref.index - first_tensor].name).to(device)
-            replaced = _run(node, values, len(samples), device)
-        values[first_node + number] = replaced
+        value = _shown(number, node, values, on_node, device)
+        if value is None:
+            load(node.args)
+            value = _run(node, values, len(samples), device)
+        values[first_node + number] = value
         for index in dead[number]:
             if values.pop(index, None) is not None and first_tensor <= index < first_node:
                 store.release(graph.tensors[index - first_tensor].name)
+    load(graph.outputs)
     return [
         list(value) if isinstance(value, _PerSample) else [value] * len(samples)
         for value in (values[ref.index] for ref in graph.outputs)

@@ -64,24 +64,26 @@ class SamplingSettings:
                 raise Hif4Error(f"{name} {value}: must be a positive {'whole ' if whole else ''}number.")
         return cls(**values)
 
-    def check(self, pipeline: DiffusionPipeline) -> None:
-        """Raise Hif4Error when size or frames do not fit the pipeline's VAE and patches."""
-        expert = pipeline.transformer if pipeline.transformer is not None else pipeline.transformer_2
-        patch = expert.config.patch_size
+    def check(self, pipeline: DiffusionPipeline, config: Any = None) -> None:
+        """Raise Hif4Error when size or frames do not fit the pipeline's VAE and patches.
+
+        `config` is an expert's, for a pipeline that is loaded without its experts.
+        """
+        if config is None:
+            config = (pipeline.transformer if pipeline.transformer is not None else pipeline.transformer_2).config
+        patch = config.patch_size
         for name, size, factor in (
             ("height", self.height, pipeline.vae_scale_factor_spatial * patch[1]),
             ("width", self.width, pipeline.vae_scale_factor_spatial * patch[2]),
         ):
             if size <= 0 or size % factor:
                 raise Hif4Error(f"{name} {size}: must be a positive multiple of {factor} for this model.")
-            if size // factor > expert.config.rope_max_seq_len:
-                raise Hif4Error(
-                    f"{name} {size}: the model has positions for {factor * expert.config.rope_max_seq_len}."
-                )
+            if size // factor > config.rope_max_seq_len:
+                raise Hif4Error(f"{name} {size}: the model has positions for {factor * config.rope_max_seq_len}.")
         temporal = pipeline.vae_scale_factor_temporal
         if self.frames <= 0 or (self.frames - 1) % temporal:
             raise Hif4Error(f"frames {self.frames}: must be a multiple of {temporal}, plus one, for this model.")
-        positions = expert.config.rope_max_seq_len
+        positions = config.rope_max_seq_len
         if (self.frames - 1) // temporal + 1 > positions:
             raise Hif4Error(f"frames {self.frames}: the model has positions for {(positions - 1) * temporal + 1}.")
 

@@ -10,11 +10,14 @@ if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__f
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hif4c.tools.console import MAX_SEED, Reporter, console, make_table, parse_size, run_command
+
+if TYPE_CHECKING:
+    from hif4c.compiler.calibration import Calibration
 
 __all__ = ["calibrate"]
 
@@ -46,8 +49,9 @@ def calibrate(
     The samples come from the pipeline's own sampling, or from clips that are noised. They run through the traced
     program with one layer of the checkpoint in memory. Give the file to `hif4c compile --calibration`.
     """
-    from hif4c.compiler.calibration import Calibration, merge_calibrations
+    from hif4c.compiler.calibration import Calibration
     from hif4c.compiler.calibration_run import CalibrationOptions, run_calibration
+    from hif4c.compiler.calibration_writer import merge_calibrations
     from hif4c.compiler.locate import locate_model
     from hif4c.runtime.errors import Hif4Error
 
@@ -67,7 +71,8 @@ def calibrate(
         location = locate_model(models[0], revision=revision, expert_files_only=False)
         with Reporter.make_progress() as progress:
             run_calibration(location, output, options, Reporter(progress))
-    _print(Calibration(output))
+    with Calibration(output) as calibration:
+        _print(calibration)
     seconds = time.perf_counter() - started
     size_mb = output.stat().st_size / 1e6
     console.print(f"{output} written, {size_mb:,.1f} MB, in {seconds:.1f} s", highlight=False, markup=False)
@@ -85,10 +90,8 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
     return texts
 
 
-def _print(calibration: object) -> None:
-    from hif4c.compiler.calibration import Calibration
-
-    assert isinstance(calibration, Calibration)
+def _print(calibration: Calibration) -> None:
+    """A table an expert: inputs of one kind, of all blocks, a row."""
     for name, expert in calibration.experts.items():
         kinds: dict[str, list[tuple[int, float, float]]] = {}
         for group in expert.groups:
