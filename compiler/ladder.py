@@ -130,7 +130,8 @@ def run_ladder(
         device: where both pipelines run.
         kernels: as `load_pipeline`.
         keep: leave the artifacts in `work`/artifacts.
-        events: progress: ("total", rows still to measure), ("advance", part of a row), ("step", sentence).
+        events: progress: ("total", amount) begins a count, in the end that of the rows still to measure,
+            ("advance", amount) goes on with it, ("step", sentence).
 
     Raises:
         Hif4Error: a recipe needs calibration and there is none for this large model, a calibration file of other
@@ -338,7 +339,8 @@ def _calibrate(location: ModelLocation, path: Path, recipes: Sequence[str], even
         )
     if not path.exists():
         events("step", "calibrating (a small model; others take --calibration)")
-        run_calibration(location, path, CalibrationOptions())
+        names = {"step": "step", "total": "total", "bytes": "advance"}
+        run_calibration(location, path, CalibrationOptions(), lambda event, value: events(names[event], value))
     return path
 
 

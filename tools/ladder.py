@@ -58,7 +58,7 @@ def climb_ladder(model: str, yardstick: Yardstick, options: LadderOptions, devic
 
         def show(event: str, value: Any) -> None:
             if event == "total":
-                progress.update(task, total=value)
+                progress.reset(task, total=value)
             elif event == "advance":
                 progress.advance(task, value)
             elif event == "step":

@@ -189,15 +189,21 @@ def test_a_small_model_is_calibrated_once(
 ) -> None:
     made = []
 
-    def calibrate(location: Any, output: Path, options: Any) -> None:
+    def calibrate(location: Any, output: Path, options: Any, events: Any) -> None:
+        events("total", 7)
+        events("bytes", 7)
         made.append(output)
         output.write_bytes(b"")
 
     monkeypatch.setattr(ladder_module, "run_calibration", calibrate)
     own = CalibrationFile(Path("own"), "own", "digest", 0, 16)
     monkeypatch.setattr(ladder_module, "open_calibration", lambda path, fingerprints: own)
+    seen: list[tuple[str, Any]] = []
     for _ in range(2):
-        result = run_ladder("wan-tiny", [TAIL_AWARE], [], yardstick(1, 1), tmp_path)
+        result = run_ladder(
+            "wan-tiny", [TAIL_AWARE], [], yardstick(1, 1), tmp_path, events=lambda *event: seen.append(event)
+        )
+    assert seen[1:3] == [("total", 7), ("advance", 7)]
     assert len(made) == len(copied) == 1
     assert result.rows[0].calibration == "own"
     monkeypatch.setattr(ladder_module, "SMALL_MODEL_BYTES", 1000)
