@@ -71,6 +71,10 @@ def test_outlier_columns_are_the_zeros_of_the_mask(calibrated, masks, count):
         if name in OUTLIERS:
             planted = OUTLIERS[name]
             assert set(zeros) >= set(planted) if count >= len(planted) else set(zeros) < set(planted)
+        # Where there is a mask it moves a channel's size between input and weight, so that their product counts.
+        size = calibrated.calibration.sketch(name).maximum()
+        size = size * largest_weight(calibrated, calibrated.calibration.groups[name].readers) if masks else size
+        assert zeros == size.topk(count).indices.sort().values.tolist()
         expected = plain.get(f"{name}.mask", torch.ones(len(mask)))
         assert torch.equal(mask[mask != 0], expected[mask != 0])
         assert choices.alphas[f"{name}.mask"] == masks.get("alpha", 0.5 if masks else None)
@@ -220,6 +224,22 @@ def test_average_bits_are_kept_and_used(calibrated, more):
         if linear.decision.path in choices.errors and linear.in_features * linear.out_features == 128 * 128
     }
     assert min(small[path] for path in high if path in small) >= max(small[path] for path in small if path not in high)
+
+
+@pytest.mark.parametrize("more", [{}, {"rank": 4}, {"outlier_columns": 4}])
+def test_what_a_linear_in_bf16_gives_back_is_counted(calibrated, more):
+    """A budget for one of the small linears: 16 bits a weight less its planes and its side branch."""
+    recipe = Recipe("one", rounding="search", **more)
+    small = 128 * 128
+    branch = 16 * (more.get("rank", 0) * 256 + more.get("outlier_columns", 0) * 128)
+    cost = (16 - 4.5) * small - branch
+    budget = bits(calibrated.choose(recipe), recipe) + cost / (16 * small + 4 * 128 * 256)
+    high = {}
+    for change in (1e-6, -1e-6):
+        choices = calibrated.choose(replace(recipe, average_bits=budget + change))
+        high[change] = [item.path for item in choices.plan.decisions if "most sensitive" in item.reason]
+    assert len(high[1e-6]) == 1
+    assert high[-1e-6] == []
 
 
 def test_average_bits_at_the_least_change_nothing(calibrated):
