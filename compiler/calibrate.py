@@ -71,7 +71,7 @@ class CheckpointStore:
 
 
 def plan_program(program: Program, config: WanConfig) -> Program:
-    """A captured program made ready for calibration: planned so that every block linear is quantized; changed in place."""
+    """Plan a captured program, in place, so that every linear of the blocks is quantized; returns it."""
     recipe = Recipe("calibration")
     run_passes(program, Choices(make_plan(config, recipe)), recipe, stop_after=STAGE)
     return program

@@ -15,7 +15,7 @@ import torch
 from hif4c.compiler.calibrate import calibrate
 from hif4c.compiler.calibration_inputs import Call, calls_from_clips, calls_from_trajectory, find_clips
 from hif4c.compiler.calibration_writer import check_calibration_path
-from hif4c.compiler.locate import ModelLocation
+from hif4c.compiler.locate import ModelDescription, ModelLocation
 from hif4c.compiler.sampling_defaults import sampling_defaults
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.pipeline import check_device, load_components
@@ -53,7 +53,7 @@ class CalibrationOptions:
     sampling: tuple[tuple[str, float], ...] = ()
 
 
-def builtin_prompts(location: ModelLocation, count: int, seed: int) -> list[str]:
+def builtin_prompts(model: ModelDescription, count: int, seed: int) -> list[str]:
     """Prompts that suit the model, drawn without repeats.
 
     For wan-tiny, captions that it was trained on (those it is evaluated with are others); else general descriptions.
@@ -61,7 +61,7 @@ def builtin_prompts(location: ModelLocation, count: int, seed: int) -> list[str]
     Raises:
         Hif4Error: fewer than one, or more than there are.
     """
-    if all(config.text_dim == 64 for config in location.configs.values()):
+    if all(config.text_dim == 64 for config in model.configs.values()):
         from hif4c.compiler.tiny.world import NUM_TEMPLATES, caption, training_attributes
 
         known = [caption(item, template) for item in training_attributes() for template in range(NUM_TEMPLATES)]

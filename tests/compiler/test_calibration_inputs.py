@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from hif4c.compiler import calibration_inputs as module
 from hif4c.compiler.calibration_inputs import (
     Call,
     ClipFile,
@@ -16,12 +17,12 @@ from hif4c.compiler.calibration_inputs import (
     find_clips,
 )
 from hif4c.compiler.locate import locate_model
-from hif4c.compiler.models import tiny_directory
 from hif4c.compiler.tiny.world import render_batch
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.media import save_clip
 from hif4c.runtime.pipeline import load_components
 from hif4c.runtime.sampling import SamplingSettings, decode_latents
+from tests.support.tiny import write_short_tiny
 
 PROMPTS = ["a red triangle moving left on a black background", "a blue ring moving up on a white background"]
 SETTINGS = SamplingSettings(height=32, width=32, frames=9, steps=4, guidance=5.0, text_tokens=32)
@@ -30,18 +31,23 @@ BOUNDARY = 875
 
 
 @pytest.fixture(scope="module")
-def pipeline():
-    return load_components(str(tiny_directory()), "WanPipeline")
-
-
-@pytest.fixture
-def without_experts():
-    return load_components(str(tiny_directory()), "WanPipeline", without_experts=True)
+def model(tmp_path_factory):
+    return write_short_tiny(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="module")
-def config():
-    return locate_model("wan-tiny").configs["transformer"]
+def pipeline(model):
+    return load_components(str(model), "WanPipeline")
+
+
+@pytest.fixture
+def without_experts(model):
+    return load_components(str(model), "WanPipeline", without_experts=True)
+
+
+@pytest.fixture(scope="module")
+def config(model):
+    return locate_model(str(model)).configs["transformer"]
 
 
 def timesteps(pipeline, steps):
@@ -206,6 +212,22 @@ def folder(tmp_path_factory):
     (folder / "a.gif").unlink()
     (folder / "b.mp4").unlink()
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def encode_once():
+    """The VAE takes most of the time: a clip of one size is encoded once for all tests."""
+    encode, made = module._encode, {}
+
+    def encode_or_remember(pipeline, video):
+        key = video.numpy().tobytes()
+        if key not in made:
+            made[key] = encode(pipeline, video)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_encode", encode_or_remember)
+        yield
 
 
 @pytest.fixture(scope="module")
