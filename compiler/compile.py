@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -209,7 +210,8 @@ class _Build:
         solved = None
         if recipe.rounding == "gptq" and used is not None:
             events("step", f"rounding {name} on its calibration calls (GPTQ)")
-            events("total", sum(8 * linear.plane_bytes for linear in choices.plan.linears if linear.decision.quantized))
+            weights = [str(source.source) for source in program.tensors.values() if source.plane == "codes"]
+            events("total", sum(checkpoint.shape(name).numel() * checkpoint.dtype(name).itemsize for name in weights))
             calls = [call for call, _ in used.calls()]
             (self._scratch / name).mkdir()
             solved = solve(program, graph, checkpoint, calls, self._scratch / name, lambda size: events("bytes", size))
@@ -366,7 +368,8 @@ def _expert_entry(
     for linear in choices.plan.linears:
         decision = program.decisions[linear.decision.path]
         entry = {**dataclasses.asdict(decision), "in_features": linear.in_features, "out_features": linear.out_features}
-        if decision.path in measured:
+        # An output of zeros has no ratio.
+        if math.isfinite(measured.get(decision.path, math.nan)):
             entry["sqnr"] = measured[decision.path]
         if decision.path in choices.errors:
             entry["errors"] = dict(choices.errors[decision.path])
