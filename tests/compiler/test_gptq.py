@@ -7,9 +7,9 @@ from hif4c.compiler.encode import element_steps
 from hif4c.compiler.gptq import gptq
 from hif4c.compiler.output_error import error_energy, output_error, sqnr
 from hif4c.compiler.scale_search import search_scales, unit_search
+from hif4c.compiler.synthetic import KINDS, synthetic_layer
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.format import dequantize, quantize
-from hif4c.compiler.synthetic import KINDS, synthetic_layer
 
 # Energies are sums of fp32 products: the order of rows by them is that of exact ones within this share.
 FP32 = 1e-5

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from hif4c.compiler.scale_search import search_scales, unit_search
-from hif4c.runtime.format import dequantize, quantize
 from hif4c.compiler.synthetic import KINDS, synthetic_layer
+from hif4c.runtime.format import dequantize, quantize
 
 MIN_STORED, MAX_STORED = 0, 0xFE
 
