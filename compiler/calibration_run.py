@@ -24,6 +24,8 @@ from hif4c.runtime.sampling import SamplingSettings, open_image
 __all__ = ["CalibrationOptions", "builtin_prompts", "run_calibration"]
 
 Events = Callable[[str, Any], None]
+SMALL_WIDTH, SMALL_MODEL_BATCH = 512, 16
+"""Models up to this width sample this many prompts together; a call of a larger one fills the memory alone."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class CalibrationOptions:
         image: first frame, for an image-to-video model.
         seed: of the noise and of every choice.
         calls: recorded calls an expert; all are in memory while they run through the program.
-        batch: prompts sampled together.
+        batch: prompts sampled together, and clips in a recorded call; None for 16 of a small model, 1 of a large one.
         device: where pipeline and program run.
         sampling: settings that differ from the model's usual ones (height, width, frames, steps, guidance).
     """
@@ -48,7 +50,7 @@ class CalibrationOptions:
     image: Path | None = None
     seed: int = 0
     calls: int = 32
-    batch: int = 16
+    batch: int | None = None
     device: str = "cpu"
     sampling: tuple[tuple[str, float], ...] = ()
 
@@ -100,6 +102,10 @@ def run_calibration(
     calibrate(location, calls, output, [source], seed=options.seed, device=device, events=events)
 
 
+def _usual_batch(location: ModelLocation) -> int:
+    return SMALL_MODEL_BATCH if all(item.inner_dim <= SMALL_WIDTH for item in location.configs.values()) else 1
+
+
 Made = tuple[dict[str, list[Call]], dict[str, Any]]
 """Calls of every expert, and where they came from."""
 
@@ -122,7 +128,7 @@ def _calls_from_trajectory(
         settings,
         seed=options.seed,
         limit=options.calls,
-        batch=options.batch,
+        batch=options.batch or _usual_batch(location),
         image=image,
         on_step=partial(events, "bytes"),
     )

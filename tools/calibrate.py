@@ -33,14 +33,22 @@ def calibrate(
     clips: Annotated[
         Path | None, typer.Option(help="Folder of clips (NAME.mp4 and NAME.txt): noise them instead of sampling.")
     ] = None,
-    calls: Annotated[int, typer.Option(min=1, help="Calls to record of each expert; all are held in memory.")] = 32,
+    calls: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Calls to record of each expert; all are in memory while they run (several GB each at 832x480x81).",
+        ),
+    ] = 32,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of noise and choices.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.")] = None,
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the model's.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames. Default: the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance. Default: the model's.")] = None,
     image: Annotated[Path | None, typer.Option(help="First frame, for an image-to-video model.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts sampled together.")] = 16,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Prompts sampled together. Default: 1, of a small model 16.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
 ) -> None:
