@@ -32,8 +32,12 @@ def graph_at_stage(artifact: Artifact, expert: str, stage: str) -> Graph:
     where = f"{artifact.root}/manifest.json"
     config = WanConfig.from_dict(info.config, where)
     recipe = Recipe.from_dict(info.recipe, where)
+    choices = _choices(make_plan(config, recipe, info.dtype), info, where)
     program = capture(config, info.dtype, artifact.expand_timesteps)
-    run_passes(program, _choices(make_plan(config, recipe, info.dtype), info, where), recipe, stop_after=stage)
+    try:
+        run_passes(program, choices, recipe, stop_after=stage)
+    except ValueError as error:
+        raise Hif4Error(f"{where}: its linears do not fit its config ({error}); compile the model again.") from error
     return to_graph(program)
 
 

@@ -8,8 +8,9 @@ import sys
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path.pop(0)  # run as a script: this folder must not hide the standard library (inspect)
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -56,6 +57,8 @@ def inspect(
         lines = [f"{count:6d}  {target}" for target, count in counts.most_common()]
         console.print(f"operators of {expert}:\n" + "\n".join(lines), highlight=False)
         for name in opened.experts:
+            if calibration := opened.manifest["experts"][name].get("calibration"):
+                console.print(_calibration(name, calibration), highlight=False)
             if opened.variants(name):
                 console.print(_steps(name, opened.expert(name).bf16_timesteps), highlight=False)
         return
@@ -64,6 +67,18 @@ def inspect(
     if not lines:
         raise Hif4Error(f"{expert} has no block {block}.")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _calibration(expert: str, calibration: Mapping[str, Any]) -> str:
+    """What an expert's calibration was made of."""
+    runs = [f"{_amount(run)}, seed {run['seed']}" for run in calibration["runs"]]
+    return f"calibration of {expert}: {'; '.join(runs) or 'no run recorded'} (sha256 {calibration['sha256'][:12]})"
+
+
+def _amount(run: Mapping[str, Any]) -> str:
+    kind = "clips" if run["source"] == "clips" else "prompts"
+    count = len(run[kind])
+    return f"{count} {kind if count != 1 else kind[:-1]}"
 
 
 def _steps(expert: str, ranges: tuple[tuple[float, float], ...]) -> str:

@@ -18,6 +18,7 @@ from hif4c.tools.console import console, make_table, run_command
 
 if TYPE_CHECKING:
     from hif4c.compiler.plan import ExpertPlan
+    from hif4c.compiler.recipe import Recipe
 
 __all__ = ["plan"]
 
@@ -59,6 +60,24 @@ def plan(
         totals.add_section()
         totals.add_row("both", "", *_cells(sums))
     console.print(totals)
+    for chosen in dict.fromkeys(recipes.values()):
+        console.print(_explain(chosen), highlight=False, markup=False, soft_wrap=True)
+
+
+def _explain(recipe: Recipe) -> str:
+    """What a recipe does, and what the config alone cannot tell of it."""
+    text = f"{recipe.name}: {recipe.description or 'no description'}"
+    decided = {
+        "channel means": recipe.shift,
+        "masks": recipe.mask_percentile is not None,
+        "outlier columns": recipe.outlier_columns,
+        "rounding": recipe.rounding != "nearest",
+        "linears that stay in bf16": recipe.average_bits is not None,
+        "linears with bf16 activations": recipe.bf16_layers,
+        "steps with bf16 activations": recipe.bf16_steps,
+    }
+    found = ", ".join(name for name, wanted in decided.items() if wanted)
+    return f"{text}\n  from a calibration: {found}" if recipe.needs_calibration else text
 
 
 def _linears(title: str, plan: ExpertPlan) -> Table:

@@ -36,10 +36,24 @@ def message(*arguments: str | Path) -> str:
 
 
 def test_plan_lists_every_linear_with_a_reason() -> None:
-    text = output("plan", "wan-tiny")
+    text = output("plan", "wan-tiny", "--recipe", "rtn")
     assert text.count("block linear, recipe rtn") == 2 * 60
     assert text.count("boundary: ") == 2 * 6
     assert "blocks.5.ffn.net.2" in text
+    assert "from a calibration" not in text
+
+
+def test_plan_says_what_a_calibration_decides() -> None:
+    """By default; sizes are those of the recipe before that."""
+    text = output("plan", "wan-tiny", "--summary", "--recipe", "transformer_2=svd")
+    chosen = [line.strip() for line in text.splitlines() if line.startswith("  from a calibration: ")]
+    assert chosen == [
+        "from a calibration: channel means, masks, rounding, steps with bf16 activations",
+        "from a calibration: masks",
+    ]
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith("  transformer")}
+    assert (rows["transformer"][1], rows["transformer_2"][1]) == ("best", "svd")
+    assert float(rows["transformer"][-1].rstrip("%")) < 35 < float(rows["transformer_2"][-1].rstrip("%"))
 
 
 def test_plan_takes_a_recipe_for_one_expert() -> None:
@@ -95,6 +109,9 @@ def test_inspect_summarizes_and_prints_programs(wan_tiny_artifact: Path) -> None
     summary = output("inspect", wan_tiny_artifact)
     assert "4.50" in summary
     assert "hif4.linear" in summary
+    assert summary.count("60 nearest") == 2
+    assert "mask" not in summary.split("transformer: linears")[1].split("reason")[0]  # no linear has one
+    assert "calibration of" not in summary
     block = output("inspect", wan_tiny_artifact, "--block", "3", "--expert", "transformer_2")
     assert block.count("hif4.linear(") == 10
     # q, k and v share one quantized input; the text tokens are quantized before the first block.
