@@ -188,6 +188,15 @@ class Calibration:
                 f"{self.path}: was made from other weights than this {name} (of {self.model}); calibrate this model."
             )
 
+    @property
+    def timesteps(self) -> list[float]:
+        """The timesteps of all steps of the schedule that was sampled, of the first run that tells."""
+        for run in self.runs:
+            found = run.get("timesteps")
+            if isinstance(found, list) and all(type(item) in (int, float) for item in found):
+                return [float(item) for item in found]
+        return []
+
     def digest(self) -> str:
         """sha256 of the file."""
         with open(self.path, "rb") as file:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from hif4c.compiler.sampling_defaults import sampling_defaults
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.pipeline import check_device, load_components
 from hif4c.runtime.sampling import SamplingSettings, open_image
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = ["CalibrationOptions", "builtin_prompts", "run_calibration"]
 
@@ -102,6 +105,11 @@ def run_calibration(
     calibrate(location, calls, output, [source], seed=options.seed, device=device, events=events)
 
 
+def _schedule(pipeline: DiffusionPipeline) -> list[float]:
+    """The timesteps of all steps, whether a call of theirs was kept or not."""
+    return [float(value) for value in pipeline.scheduler.timesteps]
+
+
 def _usual_batch(location: ModelLocation) -> int:
     return SMALL_MODEL_BATCH if all(item.inner_dim <= SMALL_WIDTH for item in location.configs.values()) else 1
 
@@ -132,7 +140,7 @@ def _calls_from_trajectory(
         image=image,
         on_step=partial(events, "bytes"),
     )
-    return calls, {"source": "trajectory", "prompts": list(prompts)}
+    return calls, {"source": "trajectory", "prompts": list(prompts), "timesteps": _schedule(pipeline)}
 
 
 def _calls_from_clips(
@@ -161,4 +169,5 @@ def _calls_from_clips(
         limit=options.calls,
         on_call=partial(events, "bytes"),
     )
-    return calls, {"source": "clips", "clips": [clip.path.name for clip in clips]}
+    names = [clip.path.name for clip in clips]
+    return calls, {"source": "clips", "clips": names, "timesteps": _schedule(pipeline)}

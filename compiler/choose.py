@@ -20,7 +20,7 @@ from hif4c.passes.program import Precision, inverse_mask
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.rotation import MAX_WIDTH
 
-__all__ = ["Choices", "choose"]
+__all__ = ["Choices", "choose", "largest_percentile"]
 
 SEARCH_OUTPUTS = 512
 """Outputs of a linear that errors are measured on: evenly spaced rows of its weight."""
@@ -308,11 +308,9 @@ def _spend_bits(result: dict[str, PlannedLinear], recipe: Recipe, found: _Found)
 def _spend_multiplications(
     result: dict[str, PlannedLinear], recipe: Recipe, calibration: ExpertCalibration, found: _Found
 ) -> None:
-    tokens = {
-        path: int(calibration.sketch(group.name).count().sum())
-        for group in calibration.groups.values()
-        for path in group.readers
-    }
+    tokens: dict[str, int] = {}
+    for group in calibration.groups.values():
+        tokens |= dict.fromkeys(group.readers, int(calibration.sketch(group.name).count().sum()))
     work = {
         path: linear.in_features * linear.out_features * tokens[path]
         for path, linear in result.items()

@@ -26,7 +26,7 @@ from hif4c.compiler.choose import Choices, choose
 from hif4c.compiler.components import copy_components
 from hif4c.compiler.emit import to_graph
 from hif4c.compiler.linear_error import linear_sqnr
-from hif4c.compiler.locate import ModelLocation, locate_model
+from hif4c.compiler.locate import ModelLocation, describe_model, locate_model
 from hif4c.compiler.masks import rotated
 from hif4c.compiler.models import WanConfig
 from hif4c.compiler.pack import InputStatistics, Planes, prepared_weight, write_weights
@@ -54,7 +54,7 @@ from hif4c.runtime.artifact import (
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.golden import make_golden
 from hif4c.runtime.graph import DTYPE_NAMES, TARGETS, Graph, encode
-from hif4c.runtime.native import is_available
+from hif4c.runtime.native import is_available, native_kernels
 from hif4c.runtime.safetensors_stream import StreamingWriter, TensorSpec
 from hif4c.runtime.transformer import load_expert
 
@@ -131,6 +131,10 @@ def compile_model(model: str, output: str | os.PathLike[str], options: CompileOp
     if options.components not in COMPONENT_MODES:
         raise Hif4Error(f"components {options.components!r}: choose one of {', '.join(COMPONENT_MODES)}.")
     own = options.calibration is None and any(recipe.needs_calibration for recipe in options.recipes.values())
+    if own:
+        _refuse_large(model, options)
+    elif options.calibration is not None:
+        Calibration(options.calibration).close()  # what is wrong with the file should be said before the long part
     whole = own or options.components != "none"
     location = locate_model(model, revision=options.revision, expert_files_only=not whole)
     plans = {name: make_plan(location.configs[name], recipe, DTYPE) for name, recipe in options.recipes.items()}
@@ -147,9 +151,10 @@ def compile_model(model: str, output: str | os.PathLike[str], options: CompileOp
             if calibration is not None:
                 stack.enter_context(calibration)
             build = _Build(location, options, calibration, staging, scratch, events)
-            for name in options.recipes:
-                build.expert(name, plans[name], checkpoints[name])
-            build.choose_steps()
+            with native_kernels():
+                for name in options.recipes:
+                    build.expert(name, plans[name], checkpoints[name])
+                build.choose_steps()
             experts, files = build.experts, build.files
         _write_manifest(staging, location, experts, files)
         if options.golden:
@@ -195,7 +200,9 @@ class _Build:
         used = known if recipe.needs_calibration else None
         if recipe.needs_calibration:
             events("step", f"choosing for {name}")
-        choices = choose(plan, recipe, used, checkpoint)
+        if used is not None:
+            events("total", len(used.groups))
+        choices = choose(plan, recipe, used, checkpoint, lambda count: events("bytes", count))
         for note in choices.notes:
             events("note", note)
         program = self._transform(name, choices, recipe)
@@ -271,9 +278,8 @@ class _Build:
                 lambda count: self._events("bytes", count),
             )
         ]
-        # Of all experts: how long a step is depends on the next one, whoever serves it.
-        calls = [call for known in self._calibration.experts.values() for call, _ in known.calls()]
-        ranges = choose_ranges(errors, shares, [call.noise_level for call in calls])
+        # How long a step is depends on the next one, whoever serves it and whether it was recorded.
+        ranges = choose_ranges(errors, shares, self._calibration.timesteps)
         for name in names:
             self.experts[name]["bf16_timesteps"] = [list(item) for item in ranges[name]]
             mine = [error for error in errors if error.expert == name]
@@ -299,6 +305,20 @@ class _Build:
         return program
 
 
+def _refuse_large(model: str, options: CompileOptions) -> None:
+    """Say that a calibration is needed before anything is fetched or copied."""
+    description = describe_model(model, revision=options.revision)
+    plans = [make_plan(description.configs[name], recipe, DTYPE) for name, recipe in options.recipes.items()]
+    image = description.pipeline.class_name == "WanImageToVideoPipeline"
+    if image or sum(plan.bytes_before for plan in plans) > SMALL_MODEL_BYTES:
+        names = ", ".join(sorted({recipe.name for recipe in options.recipes.values() if recipe.needs_calibration}))
+        raise Hif4Error(
+            f"recipe {names} needs a calibration; make one with `hif4c calibrate {model} -o FILE"
+            f"{' --image FIRST_FRAME' if image else ''}` and give --calibration FILE, or choose a recipe without "
+            "(--recipe rotate, --recipe rtn)."
+        )
+
+
 def _find_calibration(
     location: ModelLocation,
     options: CompileOptions,
@@ -316,13 +336,6 @@ def _find_calibration(
                 calibration.check(name, checkpoints[name].fingerprint())
         return calibration
     if own:
-        size = sum(checkpoint.total_bytes for checkpoint in checkpoints.values())
-        if size > SMALL_MODEL_BYTES:
-            names = ", ".join(sorted({recipe.name for recipe in options.recipes.values() if recipe.needs_calibration}))
-            raise Hif4Error(
-                f"recipe {names} needs a calibration; make one with `hif4c calibrate {location.source} -o FILE` and "
-                "give --calibration FILE, or choose a recipe without (--recipe rotate, --recipe rtn)."
-            )
         events("step", "calibrating (a small model; others take --calibration)")
         run_calibration(location, scratch / "calibration.safetensors", CalibrationOptions(), events)
         return Calibration(scratch / "calibration.safetensors")

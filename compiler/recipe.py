@@ -34,8 +34,9 @@ class Recipe:
         description: one sentence.
         activations: "hif4" (W4A4) or "bf16" (W4A16: weights only).
         hadamard: width of the block rotation of W4A4 inputs, 0 for none, "largest" for the largest that each takes.
-        mask_percentile: percentile of |activation| over tokens that channel masks are made from, 100 for the exact
-            maximum; None for no masks.
+        mask_percentile: percentile of |activation| over tokens that channel masks are made from, taken in the timestep
+            bin where it is largest; 100 for the exact maximum, None for no masks. Of a shifted input it is taken over
+            the calibration's rows, where above 99.6 it is their maximum.
         shift: take the mean off every input channel where a bias upstream can, and give it back in the bias behind.
         alpha: exponent of the activation statistic in a mask, the weight's is 1 - alpha; "search" finds it per input.
         rounding: of the weights: "nearest", "search" (each unit's scales, by the energy of the input's channels), or

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 FORMAT = "hif4c-artifact"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_GRAPH_BYTES = 256 << 20

@@ -60,7 +60,8 @@ class SamplingSettings:
             raise Hif4Error(f"this model has no usual settings; give --{', --'.join(missing)}.")
         for name, value in values.items():
             whole = name not in ("guidance", "guidance_2")
-            if name not in known or type(value) not in ((int,) if whole else (int, float)) or not value > 0:
+            allowed = (int,) if whole else (int, float)
+            if name not in known or type(value) not in allowed or not 0 < value < float("inf"):
                 raise Hif4Error(f"{name} {value}: must be a positive {'whole ' if whole else ''}number.")
         return cls(**values)
 

@@ -142,7 +142,7 @@ class Reporter:
         elif event == "bytes" and self.task is not None:
             self.progress.advance(self.task, value)
         elif event == "step":
-            self.step = value
+            self.step = value.partition(" on ")[0].partition(" (")[0]  # a bar has little room
             self.progress.console.print(f"  {value}", highlight=False, markup=False)
         elif event == "note":
             self.progress.console.print(f"    [dim]{escape(value)}[/]", highlight=False)

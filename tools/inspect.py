@@ -71,13 +71,13 @@ def inspect(
 
 def _calibration(expert: str, calibration: Mapping[str, Any]) -> str:
     """What an expert's calibration was made of."""
-    runs = [f"{_amount(run)}, seed {run['seed']}" for run in calibration["runs"]]
+    runs = [f"{_amount(run)}, seed {run.get('seed', '?')}" for run in calibration["runs"]]
     return f"calibration of {expert}: {'; '.join(runs) or 'no run recorded'} (sha256 {calibration['sha256'][:12]})"
 
 
 def _amount(run: Mapping[str, Any]) -> str:
-    kind = "clips" if run["source"] == "clips" else "prompts"
-    count = len(run[kind])
+    kind = "clips" if run.get("source") == "clips" else "prompts"
+    count = len(run.get(kind, ()))
     return f"{count} {kind if count != 1 else kind[:-1]}"
 
 

@@ -5,8 +5,10 @@ The dispatcher is the process's, so is the choice. As both give the same bits, i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+from collections.abc import Iterator
 
 import torch
 
@@ -15,7 +17,7 @@ from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.native.bindings import Library
 from hif4c.runtime.native.build import find_library
 
-__all__ = ["KERNELS", "disable", "enable", "is_available", "is_enabled", "select"]
+__all__ = ["KERNELS", "disable", "enable", "is_available", "is_enabled", "native_kernels", "select"]
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,19 @@ def is_available() -> bool:
             except Hif4Error:
                 return False
         return True
+
+
+@contextlib.contextmanager
+def native_kernels() -> Iterator[None]:
+    """Within it the native kernels run, where they can be had; afterwards those that ran before."""
+    before = is_enabled()
+    if is_available():
+        enable()
+    try:
+        yield
+    finally:
+        if not before:
+            disable()
 
 
 def select(kernels: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hif4c.compiler import choose as choose_module
-from hif4c.compiler.choose import choose
+from hif4c.compiler.choose import choose, largest_percentile
 from hif4c.compiler.masks import MaskChoice, channel_mask, choose_mask
 from hif4c.compiler.plan import make_plan
 from hif4c.compiler.recipe import Recipe
@@ -46,7 +46,7 @@ def test_readers_of_one_input_share_its_mask(calibrated):
     }
     assert choices.masks.keys() == {f"{name}.mask" for name in groups}
     for name, group in groups.items():
-        activation = calibrated.calibration.sketch(name).percentile(99.0)
+        activation = largest_percentile(calibrated.calibration.sketch(name), 99.0)
         expected, _ = channel_mask(activation, largest_weight(calibrated, group.readers), 0.25)
         assert torch.equal(choices.masks[f"{name}.mask"], expected)
         assert choices.alphas[f"{name}.mask"] == 0.25
@@ -164,7 +164,7 @@ def test_high_precision_linears_do_not_count(calibrated):
     choices = calibrated.choose(replace(MASKS, keep_high=(QKV[0], "*.ffn.net.2")))
     assert choices.errors.keys() == choices.mask_of.keys()
     assert {*QKV} & choices.mask_of.keys() == {*QKV[1:]}
-    activation = calibrated.calibration.sketch(QKV[0]).percentile(99.0)
+    activation = largest_percentile(calibrated.calibration.sketch(QKV[0]), 99.0)
     expected, _ = channel_mask(activation, largest_weight(calibrated, QKV[1:]), 0.25)
     assert torch.equal(choices.masks[f"{QKV[0]}.mask"], expected)
     assert len(choices.masks) == 11
