@@ -87,8 +87,12 @@ class ExpertCalibration:
             Hif4Error: the numbers in the file do not belong together.
         """
         prefix = f"{self.name}/groups/{group}/sketch."
-        tensors = {key.removeprefix(prefix): self._file.read(key) for key in self._file.names if key.startswith(prefix)}
+        names = [key for key in self._file.names if key.startswith(prefix)]
+        tensors = {key.removeprefix(prefix): self._file.read(key) for key in names}
         sketch = ChannelSketch.from_tensors(tensors, f"{self._file.path}: {self.name}, {group}")
+        del tensors
+        for key in names:
+            self._file.release(key)  # the sketch has its own counts
         if (sketch.channels, sketch.bins) != (self.groups[group].channels, len(self.edges) - 1):
             raise self._damaged(f"{group} has a sketch of {sketch.channels} channels and {sketch.bins} timestep bins")
         if not int(sketch.count().sum()):

@@ -34,7 +34,7 @@ class SolvedPlanes:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._files: dict[str, TensorFile] = {}
+        self._kept: set[str] = set()
 
     def put(self, source: str, planes: Planes) -> None:
         """Keep the planes of a weight."""
@@ -42,12 +42,15 @@ class SolvedPlanes:
         with StreamingWriter(self._folder, specs, base_name=source, shard_bytes=1 << 62) as writer:
             for name, value in planes.items():
                 writer.write(name, value)
-        self._files[source] = TensorFile(self._folder / f"{source}.safetensors")
+        self._kept.add(source)
 
     def get(self, source: str) -> Planes | None:
         """The planes of a weight, None where it was not solved."""
-        file = self._files.get(source)
-        return None if file is None else {name: file.read(name) for name in file.names}
+        if source not in self._kept:
+            return None
+        # Opened for each weight: hundreds of maps would stay, with the pages that were read.
+        with TensorFile(self._folder / f"{source}.safetensors") as file:
+            return {name: file.read(name) for name in file.names}
 
 
 def solve(
