@@ -101,6 +101,7 @@ def test_a_run_over_a_pipeline(tiny, captures, tmp_path, monkeypatch):
             {
                 "source": "trajectory", "prompts": builtin_prompts(tiny, 2, 7), "seed": 7, "steps": 2, "guidance": 5.0,
                 "height": 32, "width": 32, "frames": 5, "calls": {"transformer": 2, "transformer_2": 2},
+                "timesteps": [999.0, 750.0],
             }
         ]  # fmt: skip
         for name, low, high in (("transformer", 875, 1000), ("transformer_2", 0, 875)):
