@@ -195,7 +195,7 @@ def test_files_that_are_no_data(artifact, name):
 
 def test_a_newer_format(artifact):
     forge(artifact, lambda manifest: manifest.update(format_version=3))
-    assert "format version 2 and this hif4c reads up to 1; upgrade hif4c" in refusal(artifact)
+    assert "format version 3 and this hif4c reads up to 2; upgrade hif4c" in refusal(artifact)
 
 
 @pytest.mark.parametrize("version", ["1", 1.5, True, None, 0, -1])
