@@ -1,6 +1,9 @@
 """The portable linears in plain torch: the result that every other backend is checked against.
 
 Symbols: M rows, K channels, N outputs, U units of 64 channels (see `hif4c.runtime.format`), S columns of a side branch.
+
+Both linears end alike, in fp32: `activation(sum + bias)`, then `* gate`, then `residual +`, each rounded by itself, and
+one cast. `gate` fp32 [..., N] broadcasts against the output; `residual` has the output's shape.
 """
 
 from typing import Any
@@ -11,7 +14,7 @@ from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.format import UNIT, check_input, check_planes, dequantize
 from hif4c.runtime.rotation import block_hadamard
 
-__all__ = ["ACTIVATIONS", "check_linear", "check_linear_w4", "linear", "linear_w4"]
+__all__ = ["ACTIVATIONS", "check_linear", "check_linear_w4", "linear", "linear_w4", "masked_and_rotated"]
 
 ACTIVATIONS = ("gelu_tanh",)
 
@@ -34,6 +37,8 @@ def check_linear(
     dtype: torch.dtype,
     side: torch.Tensor | None = None,
     side_weight: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> None:
     """Raise Hif4Error unless the arguments of `linear` fit each other; looks at shapes and dtypes only."""
     check_planes(codes, scales, what="linear input")
@@ -44,6 +49,7 @@ def check_linear(
             f"the weight {w_codes.shape[-1] // (UNIT // 2)}."
         )
     _check_side(codes, w_codes.shape[0], side, side_weight)
+    _check_gated_residual((*codes.shape[:-1], w_codes.shape[0]), gate, residual)
 
 
 def check_linear_w4(
@@ -57,12 +63,15 @@ def check_linear_w4(
     dtype: torch.dtype,
     side: torch.Tensor | None = None,
     side_weight: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> None:
     """Raise Hif4Error unless the arguments of `linear_w4` fit each other; looks at shapes and dtypes only."""
     check_input(x, mask, hadamard)
     _check_weight(w_codes, w_scales, bias, activation, dtype)
     check_planes(w_codes, w_scales, x.shape[-1], what="linear_w4 weight")
     _check_side(x, w_codes.shape[0], side, side_weight)
+    _check_gated_residual((*x.shape[:-1], w_codes.shape[0]), gate, residual)
 
 
 def _check_weight(
@@ -99,6 +108,20 @@ def _check_side(data: torch.Tensor, n: Any, side: torch.Tensor | None, side_weig
         raise Hif4Error(f"linear: side must have shape {list(expected)}, not {list(side.shape)}.")
 
 
+def _check_gated_residual(shape: tuple[Any, ...], gate: torch.Tensor | None, residual: torch.Tensor | None) -> None:
+    """`shape` is the output's."""
+    if gate is not None:
+        fits = gate.dim() == len(shape) and all(a == b or a == 1 for a, b in zip(gate.shape, shape, strict=True))
+        if gate.dtype != torch.float32 or not fits or gate.shape[-1] != shape[-1]:
+            raise Hif4Error(
+                f"linear: the gate must be float32 and broadcast to {list(shape)}, not {gate.dtype} {list(gate.shape)}."
+            )
+    if residual is not None and (
+        residual.dim() != len(shape) or any(a != b for a, b in zip(residual.shape, shape, strict=True))
+    ):
+        raise Hif4Error(f"linear: the residual must have shape {list(shape)}, not {list(residual.shape)}.")
+
+
 @torch.no_grad()
 def linear(
     codes: torch.Tensor,
@@ -110,6 +133,8 @@ def linear(
     dtype: torch.dtype = torch.float32,
     side: torch.Tensor | None = None,
     side_weight: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Product of two HiF4 tensors: `activation(sum over units of exact dot products + side branch + bias)`, cast once.
 
@@ -121,7 +146,7 @@ def linear(
     The contract: in each unit the int32 dot product of the in-unit integers, times Ea*Eb/16; both exact in fp32. From
     an accumulator of 0, fp32 additions of the units in order, then of side[..., j] * side_weight[j] for j = 0 .. S-1
     (each product has 22 bits at most, exact in fp32; one beyond its range is rounded before it is added); then the
-    bias, the activation, and one cast.
+    bias, the activation, the gate, the residual, and one cast.
     Here a unit's dot product is an fp32 matmul of decoded values. Every term is an integer of at most 28*28 times
     Ea*Eb/16, so every partial sum is an integer of at most 64*784 < 2^24 (times a 6-bit significand shared by all, 22
     bits together): exact in whatever order and with whatever thread count the matmul adds. The result is therefore the
@@ -130,12 +155,13 @@ def linear(
     Weights are decoded a few rows at a time; temporaries stay under about 64 MB, the output aside.
     Raises Hif4Error for planes, bias, activation, dtype or side branch that do not fit.
     """
-    check_linear(codes, scales, w_codes, w_scales, bias, activation, dtype, side, side_weight)
+    check_linear(codes, scales, w_codes, w_scales, bias, activation, dtype, side, side_weight, gate, residual)
     n, kp = w_codes.shape[0], w_codes.shape[1] * 2
     units = kp // UNIT
     flat_codes, flat_scales = codes.reshape(-1, kp // 2), scales.reshape(-1, units, 4)
     m = flat_codes.shape[0]
     flat_side = None if side is None else side.reshape(-1, side.shape[-1])
+    flat_gate, flat_residual = _flat_gated_residual((*codes.shape[:-1], n), gate, residual)
     out = torch.empty((m, n), dtype=dtype, device=codes.device)
     step_m = max(1, _BLOCK_A // max(1, kp))
     step_n = max(1, min(_BLOCK_W // max(1, kp), _BLOCK_OUT // min(step_m, max(1, m))))
@@ -149,7 +175,11 @@ def linear(
                 acc = _accumulate(a.view(-1, units, UNIT), w.view(-1, units, UNIT))
                 if flat_side is not None and side_weight is not None:
                     _add_side(acc, flat_side[rows], side_weight[:, cols])
-                out[rows, cols] = _finish(acc, None if bias is None else bias[cols], activation)
+                out[rows, cols] = _finish(
+                    acc, None if bias is None else bias[cols], activation,
+                    None if flat_gate is None else flat_gate[rows, cols],
+                    None if flat_residual is None else flat_residual[rows, cols],
+                )  # fmt: skip
     return out.view(*codes.shape[:-1], n)
 
 
@@ -165,6 +195,8 @@ def linear_w4(
     dtype: torch.dtype = torch.float32,
     side: torch.Tensor | None = None,
     side_weight: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weight-only linear: `activation(rotate(x * mask) @ W^T + side branch + bias)`, W the decoded weight.
 
@@ -172,39 +204,40 @@ def linear_w4(
     floating point or None; hadamard the rotation width (0 or 1: none); activation None or "gelu_tanh"; dtype bf16, fp16
     or fp32. `side` [..., S] and `side_weight` [S, N] as in `linear`. Returns [..., N].
 
-    Mask, rotation, matmul and epilogue are in fp32 with one cast at the end. The rotation is symmetric, so that
-    (x * m) R W^T = x (W R * m)^T: mask and rotation work on the smaller of input and weight. That and the order of the
-    matmul's additions, which is the BLAS's, let results agree to rounding, not to the bit, across batch sizes, threads
-    and backends.
+    Mask and rotation are in fp32, and what they give is rounded to the dtype of x: matrix units take nothing wider, and
+    no more is kept of any other activation. Matmul and epilogue are in fp32. The order of the matmul's additions is the
+    backend's, so results agree to summation error, not to the bit, across batch sizes, threads and backends.
     Weights are decoded a few rows at a time; temporaries stay under about 64 MB, fp32 copies of x aside.
     Raises Hif4Error for tensors, activation or dtype that do not fit.
     """
-    check_linear_w4(x, w_codes, w_scales, bias, mask, hadamard, activation, dtype, side, side_weight)
+    check_linear_w4(x, w_codes, w_scales, bias, mask, hadamard, activation, dtype, side, side_weight, gate, residual)
     k, n = x.shape[-1], w_codes.shape[0]
     with torch.autocast(x.device.type, enabled=False):
-        y = x.float().reshape(-1, k)
-        on_weight = hadamard > 1 and y.shape[0] > n
-        if not on_weight:
-            y = _masked_and_rotated(y, mask, hadamard)
+        y = masked_and_rotated(x.reshape(-1, k), mask, hadamard).float()
         flat_side = None if side is None else side.reshape(-1, side.shape[-1])
+        flat_gate, flat_residual = _flat_gated_residual((*x.shape[:-1], n), gate, residual)
         out = torch.empty((y.shape[0], n), dtype=dtype, device=x.device)
         step = max(1, min(_BLOCK_W // max(1, k), _BLOCK_OUT // max(1, y.shape[0])))
         for j in range(0, n, step):
             cols = slice(j, j + step)
             w = dequantize(w_codes[cols], w_scales[cols], k, torch.float32)
-            if on_weight:
-                w = block_hadamard(w, hadamard) if mask is None else block_hadamard(w, hadamard).mul_(mask)
             acc = torch.mm(y, w.t())
             if flat_side is not None and side_weight is not None:
                 _add_side(acc, flat_side, side_weight[:, cols])
-            out[:, cols] = _finish(acc, None if bias is None else bias[cols], activation)
+            out[:, cols] = _finish(
+                acc, None if bias is None else bias[cols], activation,
+                None if flat_gate is None else flat_gate[:, cols],
+                None if flat_residual is None else flat_residual[:, cols],
+            )  # fmt: skip
     return out.view(*x.shape[:-1], n)
 
 
-def _masked_and_rotated(x: torch.Tensor, mask: torch.Tensor | None, hadamard: int) -> torch.Tensor:
-    if mask is not None:
-        x = x * mask.float()
-    return block_hadamard(x, hadamard) if hadamard > 1 else x
+def masked_and_rotated(x: torch.Tensor, mask: torch.Tensor | None, hadamard: int) -> torch.Tensor:
+    """x [..., K] times mask [K], rotated, in fp32, and rounded to the dtype of x."""
+    if mask is None and hadamard <= 1:
+        return x
+    y = x.float() if mask is None else x * mask.float()
+    return (block_hadamard(y, hadamard) if hadamard > 1 else y).to(x.dtype)
 
 
 def _accumulate(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -227,10 +260,29 @@ def _add_side(acc: torch.Tensor, side: torch.Tensor, side_weight: torch.Tensor) 
         acc.add_(side[:, j : j + 1] * side_weight[j])
 
 
-def _finish(acc: torch.Tensor, bias: torch.Tensor | None, activation: str | None) -> torch.Tensor:
-    """Bias and activation on the fp32 accumulator [m, n]; the caller's store casts."""
+def _flat_gated_residual(
+    shape: tuple[int, ...], gate: torch.Tensor | None, residual: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gate and residual as [M, N]; the gate of one row for many stays a view of it where that is possible."""
+    n = shape[-1]
+    return (
+        None if gate is None else gate.expand(shape).reshape(-1, n),
+        None if residual is None else residual.reshape(-1, n),
+    )
+
+
+def _finish(
+    acc: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | None,
+    gate: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """Bias, activation, gate and residual on the fp32 accumulator [m, n]; the caller's store casts."""
     if bias is not None:
         acc.add_(bias.float())
     if activation == "gelu_tanh":
-        return torch.nn.functional.gelu(acc, approximate="tanh")
-    return acc
+        acc = torch.nn.functional.gelu(acc, approximate="tanh")
+    if gate is not None:
+        acc = acc.mul_(gate)
+    return acc if residual is None else acc.add_(residual)

@@ -236,35 +236,48 @@ def test_linear_w4_is_within_its_summation_error(m: int, k: int, n: int, dtype: 
     assert ((y - gelu(exact)).abs() <= 1.13 * bound + 16 * U * exact.abs()).all()
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_linear_w4_rotates_the_smaller_operand(masked: bool):
-    """With more rows than outputs mask and rotation move to the weight: the same numbers, up to fp32 rounding."""
-    generator = torch.Generator().manual_seed(7)
-    x = torch.randn(40, 256, generator=generator).bfloat16()
-    wp = quantize(torch.randn(9, 256, generator=generator), None, 64)
-    mask = torch.rand(256, generator=generator) + 0.5 if masked else None
-    few = torch.cat([linear_w4(x[i : i + 8], *wp, mask=mask, hadamard=64) for i in range(0, 40, 8)])
-    many = linear_w4(x, *wp, mask=mask, hadamard=64)
-    w = dequantize(*wp, 256, torch.float64)
-    y = block_hadamard(x.double() if mask is None else x.double() * mask.double(), 64)
-    # Rotation (log2 64 additions and a product), mask and a sum of 256 terms: below 512 roundings of 2^-24 each, and no
-    # partial sum of |x| |w| exceeds that of the magnitudes, which a rotation raises at most 8-fold (sqrt of its width).
-    bound = 512 * 2**-24 * 8 * (y.abs() @ w.abs().T)
-    for found in (few, many):
-        assert ((found - y @ w.T).abs() <= bound).all()
-    assert not torch.equal(few, many)
-
-
 def test_linear_w4_masks_and_rotates_as_by_hand():
     x, w, bias = make(6, 256, 9)
     mask = torch.rand(256) + 0.5
     wp = quantize(block_hadamard(w / mask, 64))
     y = linear_w4(x.bfloat16(), *wp, bias, mask, 64)
-    by_hand = block_hadamard(x.bfloat16().float() * mask, 64)
+    by_hand = block_hadamard(x.bfloat16().float() * mask, 64).bfloat16()
     assert torch.equal(y, linear_w4(by_hand, *wp, bias))
     # The weight's error alone remains: nearer to x @ w than the unrotated product with this weight could be.
     assert (y - (x @ w.t() + bias)).norm() < 0.2 * (x @ w.t()).norm()
     assert linear_w4(x.view(2, 3, 256), *wp).shape == (2, 3, 9)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_gate_and_residual_are_the_steps_of_the_model_in_fp32(tokens: int):
+    generator = torch.Generator().manual_seed(11)
+    x, w = torch.randn(2, 5, 128, generator=generator), torch.randn(9, 128, generator=generator)
+    gate = torch.randn(2, tokens, 9, generator=generator)
+    residual = torch.randn(2, 5, 9, generator=generator).bfloat16()
+    p = planes(x, w)
+    for function, arguments in ((linear, p), (linear_w4, (x, *p[2:]))):
+        y = function(*arguments, activation="gelu_tanh")
+        both = function(*arguments, activation="gelu_tanh", gate=gate, residual=residual, dtype=torch.bfloat16)
+        assert torch.equal(both, (residual.float() + y * gate).bfloat16())
+        assert torch.equal(function(*arguments, activation="gelu_tanh", gate=gate), y * gate)
+        assert torch.equal(function(*arguments, activation="gelu_tanh", residual=residual), residual + y)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"gate": torch.zeros(2, 5, 9).bfloat16()},
+        {"gate": torch.zeros(2, 3, 9)},
+        {"gate": torch.zeros(2, 5, 1)},
+        {"gate": torch.zeros(9)},
+        {"residual": torch.zeros(2, 1, 9)},
+        {"residual": torch.zeros(10, 9)},
+    ],
+)
+def test_gates_and_residuals_that_do_not_fit(wrong: dict[str, torch.Tensor]):
+    p = planes(torch.ones(2, 5, 128), torch.ones(9, 128))
+    with pytest.raises(Hif4Error, match="the gate must be float32|the residual must have shape"):
+        linear(*p, **wrong)
 
 
 def test_empty_batches():

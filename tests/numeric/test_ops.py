@@ -31,6 +31,9 @@ def data(k: int = 200) -> dict[str, torch.Tensor]:
         "w_scales": w_scales,
         "bias": bias,
         "mask": mask,
+        "gate": torch.randn(2, 5, 12, generator=g),
+        "residual": torch.randn(2, 5, 12, generator=g),
+        "angle": torch.randn(1, 5, 1, 20, generator=g),
         "side": side.bfloat16(),
         "side_weight": side_weight.bfloat16(),
     }
@@ -54,10 +57,17 @@ def calls() -> list[tuple[torch._ops.OpOverload, tuple, dict]]:
         (hif4.linear.default, (*quantized, d["bias"], None, torch.bfloat16, *branch), {}),
         (hif4.linear.default, quantized, {"side": branch[0].half(), "side_weight": branch[1].half()}),
         (hif4.linear_w4.default, (d["x"], *weight, None, None, 0, None, None, *branch), {}),
+        (hif4.linear.default, quantized, {"gate": d["gate"], "residual": d["residual"]}),
+        (hif4.linear_w4.default, (d["x"], *weight), {"gate": d["gate"][:, :1], "residual": d["residual"].half()}),
+        (hif4.norm.default, (d["x"], None, None, d["x"][:, :1], d["x"][:, :1], 1e-6, torch.bfloat16), {}),
+        (hif4.norm_quantize.default, (d["x"], d["mask"], d["mask"], None, None, 1e-6, torch.float16, d["mask"], 8), {}),
+        (hif4.rms_rotary.default, (d["x"], d["mask"], 1e-6, 5), {}),
+        (hif4.rms_rotary.default, (d["x"].bfloat16(), d["mask"], 1e-6, 5, d["angle"].cos(), d["angle"].sin()), {}),
+        (hif4.attention.default, (d["x"].view(1, 2, 5, 200),) * 3, {}),
     ]
 
 
-@pytest.mark.parametrize("index", range(12))
+@pytest.mark.parametrize("index", range(19))
 def test_opcheck(index: int):
     op, args, kwargs = calls()[index]
     torch.library.opcheck(op, args, kwargs)
