@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hif4c.runtime import format as hif4_format
-from hif4c.runtime import reference
+from hif4c.runtime import ops, reference
 from hif4c.runtime.errors import Hif4Error
 
 __all__ = ["INSTRUCTION_SETS", "Library"]
@@ -45,11 +45,42 @@ class Library:
         library.hif4_quantize.argtypes = (_P, _I, _P, _I, ctypes.c_float, _L, _L, _P, _P, _I, _P, _I)
         library.hif4_linear.argtypes = (_P, _P, _P, _P, _P, _P, _P, _L, _P, _I, _L, _L, _L, _I, _P, _I)
         self.path = path
+        self.functions = library
         self._quantize: Callable[..., int] = library.hif4_quantize
         self._linear: Callable[..., int] = library.hif4_linear
         self._parallel = _torch_openmp()
         self.instruction_set: int = library.hif4_instruction_set()
         self._check()
+
+    def operators(self) -> dict[str, Callable[..., Any]]:
+        """What stands in for the portable operators on the CPU: name in the `hif4` namespace -> function."""
+
+        def linear(
+            codes: torch.Tensor,
+            scales: torch.Tensor,
+            w_codes: torch.Tensor,
+            w_scales: torch.Tensor,
+            bias: torch.Tensor | None = None,
+            activation: str | None = None,
+            dtype: torch.dtype | None = None,
+            side: torch.Tensor | None = None,
+            side_weight: torch.Tensor | None = None,
+            gate: torch.Tensor | None = None,
+            residual: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            dtype = ops.output_dtype(bias, dtype)
+            if gate is not None or residual is not None:
+                return reference.linear(
+                    codes, scales, w_codes, w_scales, bias, activation, dtype, side, side_weight, gate, residual
+                )
+            return self.linear(codes, scales, w_codes, w_scales, bias, activation, dtype, side, side_weight)
+
+        def quantize(
+            x: torch.Tensor, mask: torch.Tensor | None = None, hadamard: int = 0
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.quantize(x, mask, hadamard)
+
+        return {"linear": linear, "quantize": quantize}
 
     @torch.no_grad()
     def quantize(

@@ -109,26 +109,7 @@ def select(kernels: str) -> None:
 
 
 def _register(library: Library) -> torch.library.Library:
-    def linear(
-        codes: torch.Tensor,
-        scales: torch.Tensor,
-        w_codes: torch.Tensor,
-        w_scales: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        activation: str | None = None,
-        dtype: torch.dtype | None = None,
-        side: torch.Tensor | None = None,
-        side_weight: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        dtype = ops.output_dtype(bias, dtype)
-        return library.linear(codes, scales, w_codes, w_scales, bias, activation, dtype, side, side_weight)
-
-    def quantize(
-        x: torch.Tensor, mask: torch.Tensor | None = None, hadamard: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return library.quantize(x, mask, hadamard)
-
     registration = torch.library.Library(ops.NAMESPACE, "IMPL")
-    registration.impl("quantize", quantize, "CPU")
-    registration.impl("linear", linear, "CPU")
+    for name, function in library.operators().items():
+        registration.impl(name, function, "CPU")
     return registration

@@ -276,7 +276,7 @@ def test_gate_and_residual_are_the_steps_of_the_model_in_fp32(tokens: int):
 )
 def test_gates_and_residuals_that_do_not_fit(wrong: dict[str, torch.Tensor]):
     p = planes(torch.ones(2, 5, 128), torch.ones(9, 128))
-    with pytest.raises(Hif4Error, match="the gate must be float32|the residual must have shape"):
+    with pytest.raises(Hif4Error, match=r"the gate must be float32|the residual must have shape"):
         linear(*p, **wrong)
 
 

@@ -1,16 +1,11 @@
-// The C interface: argument layout in bindings.py, blocking and threads here, arithmetic in the kernels.
-#include "hif4_cpu.h"
+// hif4_linear: argument layout in bindings.py, blocking and threads here, arithmetic in the kernels.
+#include "linear.h"
 
 #include <string.h>
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
-#include <new>
-#include <thread>
-#include <vector>
 
-#define HIF4_EXPORT extern "C" __attribute__((visibility("default")))
+#include "library.h"
 
 namespace {
 
@@ -19,96 +14,15 @@ using namespace hif4;
 constexpr int64_t kRowBlock = 512;             // input rows expanded at once
 constexpr int64_t kInputBytes = 4 << 20;       // and at most about as many bytes
 constexpr int64_t kUnitBlock = 6;              // units of 48 columns expanded at once: 18 KiB, for the first cache
-constexpr int64_t kChunk = 1024;               // channels quantized at once: the largest rotation width
-constexpr int64_t kQuantizeElements = 1 << 15;  // a thread's share, so that short inputs wake no thread
-enum Status { kDone = 0, kNoMemory = 1, kNoSuchSet = 2 };
-enum Dtype { kFloat32 = 0, kBfloat16 = 1 };
-
-// GOMP_parallel of the OpenMP runtime that torch uses, so that there is one pool of threads; may be null.
-using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
-struct Team {
-  int threads;
-  Parallel parallel;
-};
-
-// Tasks are handed out one by one: a thread that the system delays holds up no other.
-template <typename Task>
-struct Job {
-  const Task& task;
-  int64_t count;
-  std::atomic<int64_t> next{0};
-  std::atomic<int> workers{0};
-
-  Job(const Task& task, int64_t count) : task(task), count(count) {}
-
-  static void work(void* self) {
-    Job& job = *static_cast<Job*>(self);
-    const int worker = job.workers++;
-    for (int64_t i; (i = job.next++) < job.count;) job.task(i, worker);
-  }
-};
-
-// task(i, worker) for i in [0, count); worker in [0, threads).
-template <typename Task>
-void run(const Team& team, int64_t count, const Task& task) {
-  Job<Task> job(task, count);
-  const int threads = static_cast<int>(std::min<int64_t>(team.threads, count));
-  if (threads <= 1) return Job<Task>::work(&job);
-  if (team.parallel) return team.parallel(Job<Task>::work, &job, static_cast<unsigned>(threads), 0);
-  std::vector<std::thread> others;
-  try {
-    others.reserve(threads - 1);
-    for (int i = 1; i < threads; i++) others.emplace_back(Job<Task>::work, &job);
-  } catch (...) {  // a thread that cannot be had is done without
-  }
-  Job<Task>::work(&job);
-  for (std::thread& other : others) other.join();
-}
-
-template <typename T>
-class Scratch {
- public:
-  // `count` elements from a 64-byte boundary on; check with ok().
-  explicit Scratch(int64_t count) : memory_(new (std::nothrow) uint8_t[count * sizeof(T) + 64]) {
-    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
-  }
-  bool ok() const { return memory_ != nullptr; }
-  T* get() const { return data_; }
-
- private:
-  std::unique_ptr<uint8_t[]> memory_;
-  T* data_;
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int best_set() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    const bool vnni = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("bmi") &&
-                      __builtin_cpu_supports("bmi2");
-    if (!vnni) return 1;
-    return __builtin_cpu_supports("avx512vbmi") ? 3 : 2;
-  }
-#endif
-  return 0;
-}
-
 // The kernels of a set, -1 for the best; null for one that this processor cannot run.
-const Kernels* kernels_of(int set) {
-  static const int best = best_set();
-  if (set < 0) set = best;
-  if (set > best) return nullptr;
+const LinearKernels* kernels_of(int set) {
+  set = usable_set(set);
 #if defined(__x86_64__)
-  if (set == 1) return &kAvx2;
-  if (set == 2) return &kAvx512;
-  if (set == 3) return &kAvx512Vbmi;
+  if (set == 1) return &kLinearAvx2;
+  if (set == 2) return &kLinearAvx512;
+  if (set == 3) return &kLinearAvx512Vbmi;
 #endif
-  return set == 0 ? &kPortable : nullptr;
+  return set == 0 ? &kLinearPortable : nullptr;
 }
 
 // Output rows: bias added and the one cast made.
@@ -147,7 +61,7 @@ struct Side {
   int64_t width;
 };
 
-int linear(const Kernels& kernels, const Planes& input, const Weight& weight, const Side& side, const Output& output,
+int linear(const LinearKernels& kernels, const Planes& input, const Weight& weight, const Side& side, const Output& output,
            int64_t m, const Team& team) {
   const int64_t units = weight.units, kp = units * kUnit;
   const int64_t fitting = std::max<int64_t>(kInputBytes / kp / kRows, 8) * kRows;
@@ -235,53 +149,7 @@ int linear(const Kernels& kernels, const Planes& input, const Weight& weight, co
   return kDone;
 }
 
-struct Quantizer {
-  const Kernels& kernels;
-  const void* x;
-  Dtype dtype;
-  const float* mask;  // or null
-  int hadamard;       // 0 or 1: none
-  float factor;
-  int64_t k;
-
-  void row(int64_t i, uint8_t* codes, uint8_t* scales) const {
-    alignas(64) float chunk[kChunk];
-    for (int64_t start = 0; start < k; start += kChunk) {
-      const int64_t count = std::min(kChunk, k - start), padded = ceil_div(count, kUnit) * kUnit;
-      const float* factors = mask ? mask + start : nullptr;
-      if (dtype == kBfloat16)
-        kernels.load_bf16(static_cast<const uint16_t*>(x) + i * k + start, factors, count, chunk);
-      else
-        kernels.load_f32(static_cast<const float*>(x) + i * k + start, factors, count, chunk);
-      if (hadamard > 1) kernels.rotate(chunk, count, hadamard, factor);
-      memset(chunk + count, 0, (padded - count) * sizeof(float));
-      kernels.quantize(chunk, padded / kUnit, codes + start / 2, scales + start / kUnit * kScaleBytes);
-    }
-  }
-};
-
 }  // namespace
-
-// The best instruction set of this processor: 0 portable, 1 AVX2, 2 AVX-512 with VNNI, 3 with VBMI as well.
-HIF4_EXPORT int hif4_instruction_set() {
-  static const int best = best_set();
-  return best;
-}
-
-// Planes of x [rows, k], contiguous; `factor` is what a rotation of width `hadamard` ends with.
-HIF4_EXPORT int hif4_quantize(const void* x, int dtype, const float* mask, int hadamard, float factor, int64_t rows,
-                              int64_t k, uint8_t* codes, uint8_t* scales, int threads, void* parallel, int set) {
-  const Kernels* kernels = kernels_of(set);
-  if (!kernels) return kNoSuchSet;
-  const Quantizer quantizer = {*kernels, x, static_cast<Dtype>(dtype), mask, hadamard, factor, k};
-  const int64_t units = ceil_div(k, kUnit), step = std::max<int64_t>(1, kQuantizeElements / k);
-  const Team team = {threads, reinterpret_cast<Parallel>(parallel)};
-  run(team, ceil_div(rows, step), [&](int64_t task, int) {
-    for (int64_t i = task * step; i < std::min(rows, (task + 1) * step); i++)
-      quantizer.row(i, codes + i * units * kUnitBytes, scales + i * units * kScaleBytes);
-  });
-  return kDone;
-}
 
 // out [m, n] = input [m, units] times weight [n, units] transposed, plus side [m, width] times side_weight [width, n]
 // where the width is not 0, plus bias [n] or null.
@@ -289,7 +157,7 @@ HIF4_EXPORT int hif4_linear(const uint8_t* codes, const uint8_t* scales, const u
                             const uint8_t* w_scales, const float* bias, const float* side, const float* side_weight,
                             int64_t width, void* out, int dtype, int64_t m, int64_t n, int64_t units, int threads,
                             void* parallel, int set) {
-  const Kernels* kernels = kernels_of(set);
+  const LinearKernels* kernels = kernels_of(set);
   if (!kernels) return kNoSuchSet;
   const Team team = {std::max(1, threads), reinterpret_cast<Parallel>(parallel)};
   return linear(*kernels, {codes, scales}, {w_codes, w_scales, n, units}, {side, side_weight, width},

@@ -1,17 +1,14 @@
-// What the kernels of one instruction set offer to the driver, and the layouts they share.
+// What the linear kernels of one instruction set offer to the driver, and the layouts they share.
 //
 // A linear multiplies in-unit integers n in [-28, 28]: signed input bytes by weight bytes stored as n + 28, because the
 // x86 instructions multiply signed by unsigned. What the +28 adds, 28 * sum(input of the unit), is known before the
 // weights are seen, so the int32 sums start at minus that and are exact: |sum| <= 64 * 28 * 56.
 #pragma once
 
-#include <stdint.h>
+#include "format.h"
 
 namespace hif4 {
 
-constexpr int kUnit = 64;       // channels that share one E6M2
-constexpr int kUnitBytes = 32;  // their codes
-constexpr int kScaleBytes = 4;  // E6M2, E1_8, E1_16 (two bytes)
 constexpr int kQuads = 16;      // runs of 4 channels: one int32 lane of a byte dot product, one micro-exponent
 constexpr int kRows = 8;        // input rows multiplied together: a group
 constexpr int kTile = 16;       // weight rows (output columns) decoded together
@@ -34,7 +31,7 @@ struct Group {
 };
 
 // Which 4 channels a quad holds is between expand_row and the functions that read weights of the same set.
-struct Kernels {
+struct LinearKernels {
   // One row into slot `row` of a group.
   void (*expand_row)(const uint8_t* codes, const uint8_t* scales, int64_t units, const Group& group, int row);
   // Weight rows [column, column + kTile), units [first, first + count), into values [count][kCols / kTile][kQuads]
@@ -49,20 +46,13 @@ struct Kernels {
   // acc [rows][tiles][kTile] += side [rows][width] times weight [tiles][width][kTile], one j of width after the other;
   // product and sum are rounded each by itself, so that products beyond fp32's range too are those of other sets.
   void (*add_side)(const float* side, int64_t width, int64_t rows, const float* weight, int tiles, float* acc);
-  // Whole units of fp32 to planes.
-  void (*quantize)(const float* x, int64_t units, uint8_t* codes, uint8_t* scales);
-  // out[i] = x[i], widened, times mask[i] where there is a mask.
-  void (*load_bf16)(const uint16_t* x, const float* mask, int64_t count, float* out);
-  void (*load_f32)(const float* x, const float* mask, int64_t count, float* out);
-  // The Walsh-Hadamard rotation of each run of `width`, without the final factor and with it.
-  void (*rotate)(float* x, int64_t count, int width, float factor);
 };
 
-extern const Kernels kPortable;
+extern const LinearKernels kLinearPortable;
 #if defined(__x86_64__)
-extern const Kernels kAvx2;
-extern const Kernels kAvx512;
-extern const Kernels kAvx512Vbmi;
+extern const LinearKernels kLinearAvx2;
+extern const LinearKernels kLinearAvx512;
+extern const LinearKernels kLinearAvx512Vbmi;
 #endif
 
 }  // namespace hif4

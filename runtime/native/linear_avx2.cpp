@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "generic.h"
+#include "linear_generic.h"
 
 #define HIF4_TARGET __attribute__((target("avx2,fma")))
 
@@ -94,23 +94,9 @@ HIF4_TARGET void add_side(const float* side, int64_t width, int64_t rows, const 
   for (; row < rows; row++) add_side_rows<1>(side + row * width, width, weight, tiles, acc + row * tiles * kTile);
 }
 
-HIF4_TARGET void quantize(const float* x, int64_t units, uint8_t* codes, uint8_t* scales) {
-  quantize_generic(x, units, codes, scales);
-}
-
-HIF4_TARGET void load_bf16(const uint16_t* x, const float* mask, int64_t count, float* out) {
-  load_bf16_generic(x, mask, count, out);
-}
-
-HIF4_TARGET void load_f32(const float* x, const float* mask, int64_t count, float* out) {
-  load_f32_generic(x, mask, count, out);
-}
-
-HIF4_TARGET void rotate(float* x, int64_t count, int width, float factor) { rotate_generic(x, count, width, factor); }
-
 }  // namespace
 
-const Kernels kAvx2 = {expand_row, expand_tile, multiply, nullptr, add_side, quantize, load_bf16, load_f32, rotate};
+const LinearKernels kLinearAvx2 = {expand_row, expand_tile, multiply, nullptr, add_side};
 
 }  // namespace hif4
 #endif

@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-#include "generic.h"
+#include "linear_generic.h"
 
 #define HIF4_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,bmi,bmi2"
 #define HIF4_VBMI 0
@@ -10,11 +10,11 @@
 namespace hif4 {
 namespace {
 namespace avx512 {
-#include "avx512.inl"
+#include "linear_avx512.inl"
 }  // namespace avx512
 }  // namespace
-const Kernels kAvx512 = {avx512::expand_row, avx512::expand_tile, avx512::multiply,  avx512::few_rows, avx512::add_side,
-                         avx512::quantize,   avx512::load_bf16,   avx512::load_f32, avx512::rotate};
+const LinearKernels kLinearAvx512 = {avx512::expand_row, avx512::expand_tile, avx512::multiply, avx512::few_rows,
+                                     avx512::add_side};
 }  // namespace hif4
 
 #undef HIF4_VBMI
@@ -24,10 +24,10 @@ const Kernels kAvx512 = {avx512::expand_row, avx512::expand_tile, avx512::multip
 namespace hif4 {
 namespace {
 namespace vbmi {
-#include "avx512.inl"
+#include "linear_avx512.inl"
 }  // namespace vbmi
 }  // namespace
-const Kernels kAvx512Vbmi = {vbmi::expand_row, vbmi::expand_tile, vbmi::multiply, vbmi::few_rows, vbmi::add_side,
-                             vbmi::quantize,   vbmi::load_bf16,   vbmi::load_f32, vbmi::rotate};
+const LinearKernels kLinearAvx512Vbmi = {vbmi::expand_row, vbmi::expand_tile, vbmi::multiply, vbmi::few_rows,
+                                         vbmi::add_side};
 }  // namespace hif4
 #endif

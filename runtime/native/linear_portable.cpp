@@ -1,5 +1,5 @@
 // The kernels in plain C++, for any processor.
-#include "generic.h"
+#include "linear_generic.h"
 
 namespace hif4 {
 namespace {
@@ -44,20 +44,8 @@ void add_side(const float* side, int64_t width, int64_t rows, const float* weigh
     }
 }
 
-void quantize(const float* x, int64_t units, uint8_t* codes, uint8_t* scales) {
-  quantize_generic(x, units, codes, scales);
-}
-
-void load_bf16(const uint16_t* x, const float* mask, int64_t count, float* out) {
-  load_bf16_generic(x, mask, count, out);
-}
-
-void load_f32(const float* x, const float* mask, int64_t count, float* out) { load_f32_generic(x, mask, count, out); }
-
-void rotate(float* x, int64_t count, int width, float factor) { rotate_generic(x, count, width, factor); }
-
 }  // namespace
 
-const Kernels kPortable = {expand_row, expand_tile, multiply, nullptr, add_side, quantize, load_bf16, load_f32, rotate};
+const LinearKernels kLinearPortable = {expand_row, expand_tile, multiply, nullptr, add_side};
 
 }  // namespace hif4
