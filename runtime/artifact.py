@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hif4c.runtime.components import DATA_SUFFIXES, EXPERT_NAMES, PIPELINE_CLASSES
+from hif4c.runtime.components import EXPERT_NAMES, PIPELINE_CLASSES, is_artifact_file
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.graph import DTYPES, Graph, InputType, decode
 from hif4c.runtime.safetensors_stream import TensorFile
@@ -31,7 +31,8 @@ __all__ = [
 ]
 
 FORMAT = "hif4c-artifact"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+"""2: a second program an expert. 3: kernels, and the operators that fusing norms, rotary and attention makes."""
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_GRAPH_BYTES = 256 << 20
@@ -305,8 +306,8 @@ def _confined(name: str) -> str:
         raise ValueError(f"{name!r} is not a path inside the artifact")
     if not name.isprintable():  # control characters, and what no file name can be encoded from
         raise ValueError(f"{name!r} is not a path inside the artifact")
-    if not name.endswith(DATA_SUFFIXES):
-        raise ValueError(f"{name!r} is not a data file")
+    if not is_artifact_file(name):
+        raise ValueError(f"{name!r} is not a data file, nor a kernel in its place")
     return name
 
 

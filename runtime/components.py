@@ -6,6 +6,7 @@ Only known classes, data files only, no key that would send a library after code
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,20 @@ __all__ = [
     "COMPONENT_CLASSES",
     "DATA_SUFFIXES",
     "EXPERT_NAMES",
+    "KERNEL_SUFFIXES",
     "PIPELINE_CLASSES",
     "check_components",
     "component_names",
+    "is_artifact_file",
 ]
 
 DATA_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".md", ".html")
-"""Endings of the files that an artifact may hold: no pickles, no code."""
+"""Endings of the data files that an artifact may hold: no pickles, no code."""
+
+# The one place where an artifact may hold code. It runs only when the user trusts it, see `hif4c.runtime.kernel_files`.
+_KERNELS = "kernels/"
+_KERNEL_FILE = re.compile(r"kernels/(cpu|cuda|hip)-[a-z0-9-]+/(kernels\.json|[A-Za-z0-9_][A-Za-z0-9_.+-]*)")
+KERNEL_SUFFIXES = {"cpu": ".so", "cuda": ".cubin", "hip": ".hsaco"}
 
 EXPERT_NAMES = ("transformer", "transformer_2")
 """In the order of sampling: `transformer` denoises above the boundary timestep, `transformer_2` below it."""
@@ -55,6 +63,14 @@ FORBIDDEN_KEYS = (
     "experts_implementation",
     "quantization_config",
 )
+
+
+def is_artifact_file(name: str) -> bool:
+    """Whether an artifact may hold a file of that relative name: data, or a kernel of a target in its own folder."""
+    if not name.startswith(_KERNELS):
+        return name.endswith(DATA_SUFFIXES)
+    match = _KERNEL_FILE.fullmatch(name)
+    return match is not None and (match[2] == "kernels.json" or name.endswith(KERNEL_SUFFIXES[match[1]]))
 
 
 def component_names(index: dict[str, Any], where: Path) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hif4c.runtime.artifact import Artifact, canonical_json
+from hif4c.runtime.components import KERNEL_SUFFIXES
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.trust import trusted_hashes
 
@@ -42,7 +43,6 @@ SCHEMA = 1
 MAX_SIDECAR_BYTES = 16 << 20
 MAX_BINARY_BYTES = 256 << 20
 
-_SUFFIXES = {"cpu": ".so", "cuda": ".cubin", "hip": ".hsaco"}
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{1,100}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -178,14 +178,18 @@ def trusted_bytes(artifact: Artifact, kernel_set: KernelSet, kernel_file: Kernel
     """Read a binary once, and return it when it is what was listed and what the user trusts.
 
     Raises:
-        UntrustedKernels: the user's trust file does not have it, or not the kernels.json that it comes with.
-        Hif4Error: the file was changed, or the trust file cannot be used.
+        UntrustedKernels: the user's trust file cannot be used, or lacks it or the kernels.json that it comes with.
+        Hif4Error: the file was changed.
     """
     relative = f"kernels/{kernel_set.target}/{kernel_file.file}"
     path = artifact.path(relative)
     if artifact.files[relative] != (kernel_file.bytes, kernel_file.sha256):
         raise Hif4Error(f"{path}: {SIDECAR} and the manifest disagree about it; copy the artifact again.")
-    if not {kernel_file.sha256, kernel_set.sha256} <= trusted_hashes():
+    try:
+        trusted = trusted_hashes()
+    except Hif4Error as error:
+        raise UntrustedKernels(str(error)) from None
+    if not {kernel_file.sha256, kernel_set.sha256} <= trusted:
         raise UntrustedKernels(
             f"{path}: is code that is not trusted on this machine; see what it is and trust it with "
             f"`hif4c trust {artifact.root}`, or use kernels='portable'."
@@ -218,14 +222,14 @@ def _parse(value: Any, target: str, digest: str) -> KernelSet:
     if value["target"] != target:
         raise ValueError(f"its target is {_shown(value['target'])}, but it is kept as {target}")
     family = target.partition("-")[0]
-    if family not in _SUFFIXES or not _WORD.fullmatch(target):
+    if family not in KERNEL_SUFFIXES or not _WORD.fullmatch(target):
         raise ValueError(f"there is no target {target}")
     built_with, entries = value["built_with"], value["kernels"]
     if not isinstance(built_with, dict) or not all(isinstance(item, str) for item in built_with.values()):
         raise ValueError("built_with does not map tools to versions")
     if not isinstance(entries, list) or not entries:
         raise ValueError("it lists no kernels")
-    kernels = tuple(_parse_entry(entry, _SUFFIXES[family]) for entry in entries)
+    kernels = tuple(_parse_entry(entry, KERNEL_SUFFIXES[family]) for entry in entries)
     if len({kernel.file for kernel in kernels}) != len(kernels):
         raise ValueError("two kernels share a file")
     return KernelSet(target, dict(built_with), kernels, digest)

@@ -180,8 +180,8 @@ def _check_owned(directory: Path) -> None:
 def _check_status(path: Path, status: os.stat_result, kind: Callable[[int], bool]) -> None:
     if not kind(status.st_mode) or status.st_uid != os.geteuid():
         raise Hif4Error(
-            f"{path}: is a link or belongs to another user, so nothing is trusted; make it your own, or set XDG_CONFIG_HOME "
-            "to a directory of your own."
+            f"{path}: is a link or belongs to another user, so nothing is trusted; make it your own, or "
+            "set XDG_CONFIG_HOME to a directory of your own."
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise Hif4Error(

@@ -193,9 +193,34 @@ def test_files_that_are_no_data(artifact, name):
     assert f"{name!r} is not a data file" in message
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kernels/x.so", "kernels/cpu-x86-64-linux/x.cubin", "kernels/cuda-sm80/x.so", "kernels/cuda-sm80/deep/x.cubin",
+        "kernels/rocm-gfx942/x.hsaco", "kernels/hip-gfx942/.hsaco", "kernels/cuda-sm80/x.py", "kernels/other.json",
+        "kernels/cuda-sm80/other.json", "transformer/kernels/cuda-sm80/x.cubin",
+    ],
+)  # fmt: skip
+def test_kernels_have_one_place(artifact, name):
+    forge(artifact, **{name: b"x"})
+    assert f"{name!r} is not a data file" in refusal(artifact)
+
+
+def test_kernels_in_their_place_are_accepted(artifact):
+    names = ["cpu-x86-64-linux/a.so", "cuda-sm80/a.b-1.cubin", "hip-gfx942/a_b.hsaco", "cuda-sm80/kernels.json"]
+    forge(artifact, **{f"kernels/{name}": b"x" for name in names})
+    assert {f"kernels/{name}" for name in names} <= open_artifact(artifact).files.keys()
+
+
+def test_older_formats_are_read(artifact):
+    for version in (1, 2):
+        forge(artifact, lambda manifest, version=version: manifest.update(format_version=version))
+        assert open_artifact(artifact).manifest["format_version"] == version
+
+
 def test_a_newer_format(artifact):
-    forge(artifact, lambda manifest: manifest.update(format_version=3))
-    assert "format version 3 and this hif4c reads up to 2; upgrade hif4c" in refusal(artifact)
+    forge(artifact, lambda manifest: manifest.update(format_version=4))
+    assert "format version 4 and this hif4c reads up to 3; upgrade hif4c" in refusal(artifact)
 
 
 @pytest.mark.parametrize("version", ["1", 1.5, True, None, 0, -1])
