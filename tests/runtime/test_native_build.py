@@ -121,7 +121,7 @@ def test_the_name_tells_sources_apart(tmp_path: Path, monkeypatch: pytest.Monkey
     shutil.copytree(build._SOURCES, copy)
     monkeypatch.setattr(build, "_SOURCES", copy)
     before = build._sources_hash()
-    (copy / "avx512.inl").write_text((copy / "avx512.inl").read_text() + "\n")
+    (copy / "linear_avx512.inl").write_text((copy / "linear_avx512.inl").read_text() + "\n")
     assert build._sources_hash() != before
 
 
