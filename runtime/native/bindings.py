@@ -48,7 +48,7 @@ class Library:
         self.functions = library
         self._quantize: Callable[..., int] = library.hif4_quantize
         self._linear: Callable[..., int] = library.hif4_linear
-        self._parallel = _torch_openmp()
+        self.parallel = _torch_openmp()  # what every entry point takes to start its threads
         self.instruction_set: int = library.hif4_instruction_set()
         self._check()
 
@@ -100,7 +100,7 @@ class Library:
             factors = None if mask is None else mask.float().contiguous()
             status = self._quantize(
                 source.data_ptr(), _DTYPES[source.dtype], _address(factors), hadamard, max(hadamard, 1) ** -0.5,
-                rows, k, codes.data_ptr(), scales.data_ptr(), torch.get_num_threads(), self._parallel, instruction_set,
+                rows, k, codes.data_ptr(), scales.data_ptr(), torch.get_num_threads(), self.parallel, instruction_set,
             )  # fmt: skip
             _raise(status, instruction_set)
         return codes, scales
@@ -145,7 +145,7 @@ class Library:
                 codes.data_ptr() + start * row, scales.data_ptr() + start * units * hif4_format.SCALE_BYTES,
                 w_codes.data_ptr(), w_scales.data_ptr(), _address(bias), _address(side, start * width),
                 _address(side_weight), width, result.data_ptr(), _DTYPES[result.dtype], count, n, units,
-                torch.get_num_threads(), self._parallel, instruction_set,
+                torch.get_num_threads(), self.parallel, instruction_set,
             )  # fmt: skip
             _raise(status, instruction_set)
 

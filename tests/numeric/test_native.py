@@ -280,7 +280,7 @@ def test_threads_change_no_bit(library: Library, forced: int):
             assert same(library.linear(planes[0][:3], planes[1][:3], *planes[2:], instruction_set=forced), few)
             # Without torch's OpenMP the library makes threads of its own.
             alone = Library(library.path)
-            alone._parallel = None
+            alone.parallel = None
             assert same(alone.linear(*planes, instruction_set=forced), expected)
     finally:
         torch.set_num_threads(threads)
