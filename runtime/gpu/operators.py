@@ -1,0 +1,249 @@
+"""The operators on a GPU, from the kernels of a backend; what those do not cover goes to the portable implementation.
+
+Symbols: M rows, K channels, U units of 64 channels, N outputs. Weights stay packed: both operands of a linear are
+expanded into scratch that lives as long as the call, which costs little beside the product and keeps 4.5 bits a value
+resident.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable
+
+import torch
+
+from hif4c.runtime import format as hif4_format
+from hif4c.runtime import ops, reference, rows
+from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.gpu.epilogue import Epilogue, row_blocks
+from hif4c.runtime.gpu.launcher import Backend, Kernel, Value
+from hif4c.runtime.gpu.products import Planes, Product, aligned, aligned_rows
+from hif4c.runtime.gpu.tuning import Candidate, Tuner, bucket, measure_on_device, sample_rows, tuning_directory
+from hif4c.runtime.rotation import block_hadamard
+
+__all__ = ["Operators"]
+
+log = logging.getLogger(__name__)
+
+_ROW_ELEMENTS = 1 << 28  # expanded activations at once: 256 MB as int8, 512 MB as bf16
+
+
+class Operators:
+    """The operators of one process on one kind of kernels.
+
+    Args:
+        backend: where kernels come from.
+        tuner: makes a device's tuner; None for the usual one, with CUDA events and the user's cache directory.
+    """
+
+    def __init__(self, backend: Backend, tuner: Callable[[torch.device], Tuner] | None = None) -> None:
+        self.backend = backend
+        self._make_tuner = tuner or self._usual_tuner
+        self._tuners: dict[torch.device, Tuner] = {}
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+
+    @torch.no_grad()
+    def quantize(
+        self, x: torch.Tensor, mask: torch.Tensor | None = None, hadamard: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `hif4c.runtime.format.quantize`, bit for bit."""
+        hif4_format.check_input(x, mask, hadamard)
+        device, k = _one_device(x, mask), x.shape[-1]
+        m = x.numel() // k
+        if m == 0 or not self.backend.serves(device):
+            return hif4_format.quantize(x, mask, hadamard)
+        codes_shape, scales_shape = hif4_format.packed_shapes(x.shape)
+        codes = torch.empty(codes_shape, dtype=torch.uint8, device=device)
+        scales = torch.empty(scales_shape, dtype=torch.uint8, device=device)
+        flat = aligned_rows(x.reshape(m, k))
+        factors = None if mask is None else aligned(mask.float())
+        kernels, values = self._quantizers(flat, factors, hadamard, codes, scales)
+        if not kernels and hadamard > 1:  # a width without a kernel: rotated here, in the same order
+            flat = block_hadamard(flat.float() if factors is None else flat * factors, hadamard)
+            factors, hadamard = None, 0
+            kernels, values = self._quantizers(flat, None, 0, codes, scales)
+        if not kernels:
+            self._say_once(f"quantize of {_name(x.dtype)} with {k} channels")
+            return hif4_format.quantize(x, mask, hadamard)
+
+        def run(kernel: Kernel) -> torch.Tensor:
+            self.backend.launch(kernel, device, values)
+            return codes
+
+        def disagrees(result: torch.Tensor) -> str | None:
+            index = sample_rows(m, device)
+            expected = hif4_format.quantize(flat[index], factors, hadamard)
+            found = (codes.view(m, -1)[index], scales.view(m, -1, hif4_format.SCALE_BYTES)[index])
+            return (
+                None
+                if all(map(torch.equal, found, expected))
+                else "it does not give the portable implementation's bits"
+            )
+
+        choices = [Candidate(item.variant, functools.partial(run, item)) for item in kernels]
+        key = f"quantize {_name(flat.dtype)} K={k} hadamard={hadamard} mask={factors is not None} M<={bucket(m)}"
+        tuner = self._tuner(device)
+        if tuner.known(key) is None and _captures(device):
+            choices[0].run()
+        else:
+            tuner.choose(key, choices, disagrees, lambda: (codes.fill_(0xA5), scales.fill_(0xA5))).run()
+        return codes, scales
+
+    @torch.no_grad()
+    def norm_quantize(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+        mask: torch.Tensor | None = None,
+        hadamard: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `hif4c.runtime.rows.norm_quantize`: the norm in torch, the quantization from the kernels."""
+        return self.quantize(rows.norm(x, weight, bias, scale, shift, eps, dtype), mask, hadamard)
+
+    @torch.no_grad()
+    def linear(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        w_codes: torch.Tensor,
+        w_scales: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        activation: str | None = None,
+        dtype: torch.dtype | None = None,
+        side: torch.Tensor | None = None,
+        side_weight: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `hif4c.runtime.reference.linear`, up to the order of the fp32 additions.
+
+        Kernels on int8 matrix units add in the order of the contract; those on bf16 units and the library in theirs.
+        """
+        dtype = ops.output_dtype(bias, dtype)
+        rest = (bias, activation, dtype, side, side_weight, gate, residual)
+        reference.check_linear(codes, scales, w_codes, w_scales, *rest)
+        device = _one_device(codes, scales, w_codes, w_scales, bias, side, side_weight, gate, residual)
+        n, row = w_codes.shape
+        m = codes.numel() // row if row else 0
+        if m == 0 or n == 0 or not self.backend.serves(device):
+            return reference.linear(codes, scales, w_codes, w_scales, *rest)
+        shape = (*codes.shape[:-1], n)
+        epilogue = Epilogue.of(shape, bias, activation, side, side_weight, gate, residual)
+        planes = Planes(aligned(codes.reshape(m, row)), aligned(scales.reshape(m, -1, hif4_format.SCALE_BYTES)))
+        weight = Planes(aligned(w_codes), aligned(w_scales))
+        out = torch.empty((m, n), dtype=dtype, device=device)
+        for start, stop in row_blocks(m, _ROW_ELEMENTS // weight.channels, epilogue):
+            block = epilogue.block(start, stop)
+            self._compute(Product(self.backend, planes.rows(start, stop), None, weight, block, out[start:stop]))
+        return out.view(shape)
+
+    @torch.no_grad()
+    def linear_w4(
+        self,
+        x: torch.Tensor,
+        w_codes: torch.Tensor,
+        w_scales: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        hadamard: int = 0,
+        activation: str | None = None,
+        dtype: torch.dtype | None = None,
+        side: torch.Tensor | None = None,
+        side_weight: torch.Tensor | None = None,
+        gate: torch.Tensor | None = None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `hif4c.runtime.reference.linear_w4`; bf16 inputs run on bf16 matrix units, others portably."""
+        dtype = dtype or x.dtype
+        rest = (bias, mask, hadamard, activation, dtype, side, side_weight, gate, residual)
+        reference.check_linear_w4(x, w_codes, w_scales, *rest)
+        device = _one_device(x, w_codes, w_scales, bias, mask, side, side_weight, gate, residual)
+        k, n, m = x.shape[-1], w_codes.shape[0], x.numel() // x.shape[-1]
+        if m == 0 or n == 0 or x.dtype != torch.bfloat16 or not self.backend.serves(device):
+            if x.dtype != torch.bfloat16:  # which bf16 matrix units do not take
+                self._say_once(f"linear_w4 of {_name(x.dtype)}")
+            return reference.linear_w4(x, w_codes, w_scales, *rest)
+        shape = (*x.shape[:-1], n)
+        epilogue = Epilogue.of(shape, bias, activation, side, side_weight, gate, residual)
+        weight = Planes(aligned(w_codes), aligned(w_scales))
+        flat, out = x.reshape(m, k), torch.empty((m, n), dtype=dtype, device=device)
+        for start, stop in row_blocks(m, _ROW_ELEMENTS // weight.channels, epilogue):
+            y = reference.masked_and_rotated(flat[start:stop], mask, hadamard)
+            self._compute(Product(self.backend, None, y, weight, epilogue.block(start, stop), out[start:stop]))
+        return out.view(shape)
+
+    def _compute(self, product: Product) -> None:
+        """In the fastest of the ways there are, which the first call for a shape finds out."""
+        device = product.out.device
+        tuner, key = self._tuner(device), f"{product.description} M<={bucket(product.out.shape[0])}"
+        chosen, untimed, choices = tuner.known(key), _captures(device), []
+        for candidate in product.candidates():
+            if candidate.name == chosen or (chosen is None and untimed):
+                candidate.run()
+                return
+            choices.append(candidate)
+        # NaN first: what a variant leaves unwritten must not pass for the work of the one before it.
+        tuner.choose(key, choices, product.disagrees, lambda: product.out.fill_(torch.nan)).run()
+
+    def _quantizers(
+        self,
+        flat: torch.Tensor,
+        mask: torch.Tensor | None,
+        hadamard: int,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+    ) -> tuple[list[Kernel], dict[str, Value]]:
+        """The kernels that quantize these rows, and their arguments."""
+        width = max(1, hadamard)
+        values: dict[str, Value] = {
+            "x_ptr": flat,
+            "mask_ptr": mask,
+            "codes_ptr": codes.view(torch.int32),
+            "scales_ptr": scales.view(torch.int32),
+            "M": flat.shape[0],
+            "K": flat.shape[1],
+            "x_stride": flat.stride(0),
+        }
+        constants = {"HAS_MASK": int(mask is not None), "HADAMARD": width, "LOG2_HADAMARD": width.bit_length() - 1}
+        return self.backend.variants("quantize", flat.device, values, constants), values
+
+    def _tuner(self, device: torch.device) -> Tuner:
+        with self._lock:
+            if device not in self._tuners:
+                self._tuners[device] = self._make_tuner(device)
+            return self._tuners[device]
+
+    def _usual_tuner(self, device: torch.device) -> Tuner:
+        measure = functools.partial(measure_on_device, device)
+        return Tuner(self.backend.identity(device), measure, tuning_directory())
+
+    def _say_once(self, what: str) -> None:
+        with self._lock:
+            new = what not in self._said
+            self._said.add(what)
+        if new:
+            log.warning("%s: there is no GPU kernel for it, so it runs on the slow portable implementation", what)
+
+
+def _one_device(*tensors: torch.Tensor | None) -> torch.device:
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise Hif4Error(f"the tensors of one call are on {', '.join(sorted(map(str, devices)))}; move them to one.")
+    return devices.pop()
+
+
+def _captures(device: torch.device) -> bool:
+    """Whether the current stream is recording a graph, when nothing can be timed or compared."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
