@@ -22,7 +22,7 @@ from typing import Any
 from hif4c.runtime.artifact import Artifact, canonical_json
 from hif4c.runtime.components import KERNEL_SUFFIXES
 from hif4c.runtime.errors import Hif4Error
-from hif4c.runtime.trust import trusted_hashes
+from hif4c.runtime.trust import TrustEntry, trusted_hashes
 
 __all__ = [
     "GPU_TARGETS",
@@ -33,6 +33,7 @@ __all__ = [
     "cpu_target",
     "kernel_targets",
     "read_kernel_set",
+    "trust_entries",
     "trusted_bytes",
     "write_kernel_set",
 ]
@@ -172,6 +173,23 @@ def read_kernel_set(artifact: Artifact, target: str) -> KernelSet | None:
     if odd := sorted(name for name in listed.keys() | there.keys() if listed.get(name) != there.get(name)):
         raise Hif4Error(f"{path}: disagrees with the manifest about {odd[0]}; compile or copy the artifact again.")
     return result
+
+
+def trust_entries(artifact: Artifact) -> dict[str, TrustEntry]:
+    """What trusting all kernels of an artifact records: sha256 -> entry of every binary and every kernels.json.
+
+    Raises:
+        Hif4Error: as `read_kernel_set`.
+    """
+    origin = str(artifact.root.resolve())
+    entries = {}
+    for target in kernel_targets(artifact):
+        kernel_set = read_kernel_set(artifact, target)
+        assert kernel_set is not None
+        entries[kernel_set.sha256] = TrustEntry(target, SIDECAR, origin)
+        for kernel in kernel_set.kernels:
+            entries[kernel.sha256] = TrustEntry(target, kernel.file, origin)
+    return entries
 
 
 def trusted_bytes(artifact: Artifact, kernel_set: KernelSet, kernel_file: KernelFile) -> bytes:

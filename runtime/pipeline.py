@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from hif4c.runtime.artifact import Artifact, open_artifact
 from hif4c.runtime.components import PIPELINE_CLASSES, check_components
 from hif4c.runtime.errors import Hif4Error
-from hif4c.runtime.native import select
-from hif4c.runtime.transformer import load_expert
+from hif4c.runtime.native import check_word, select
+from hif4c.runtime.transformer import check_device, load_expert
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -39,11 +39,12 @@ def load_pipeline(
             text encoder, tokenizer, VAE and scheduler.
         verify: compare the sha256 of every file with the manifest before anything is used.
         device: where the pipeline runs.
-        kernels: as `load`; "auto" builds nothing for another device than the CPU.
+        kernels: as `load`.
 
     Raises:
         Hif4Error: as `load`; an artifact without a pipeline and no `base`; or one expert of two is missing.
     """
+    check_word(kernels)
     device = check_device(device)
     artifact = open_artifact(path)
     model = artifact.manifest["model"]
@@ -53,15 +54,15 @@ def load_pipeline(
             f"{artifact.root}: was compiled without {', '.join(missing)}; a pipeline needs every expert, "
             "use hif4c.runtime.load for a single one."
         )
-    if kernels != "auto" or device.type == "cpu":
-        select(kernels)
+    if device.type == "cpu":
+        select(kernels, artifact)
     if verify:
         artifact.verify()
     source = _components(artifact, base)
     if base is None:
         check_components(Path(source))
     pipeline = load_components(source, model["pipeline_class"], without_experts=True)
-    experts = {name: load_expert(artifact, name, verify=False) for name in artifact.experts}
+    experts = {name: load_expert(artifact, name, verify=False, kernels=kernels) for name in artifact.experts}
     pipeline.register_modules(**experts)
     pipeline.to(device)
     return pipeline
@@ -112,17 +113,6 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         for module in shown:
             module.enable_progress_bar()
-
-
-def check_device(device: str | torch.device) -> torch.device:
-    """Fail before anything is loaded (Hif4Error) when there is no such device."""
-    try:
-        found = torch.device(device)
-        torch.ones(1, device=found).item()  # "meta" is a device as well, but computes nothing
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise Hif4Error(f"device {str(device)!r} cannot be used here ({reason}).") from None
-    return found
 
 
 def _components(artifact: Artifact, base: str | None) -> str:

@@ -15,9 +15,9 @@ from hif4c.runtime.artifact import Artifact, open_artifact
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.executor import Executor
 from hif4c.runtime.graph import Graph
-from hif4c.runtime.native import select
+from hif4c.runtime.native import check_word, select
 
-__all__ = ["CompiledTransformer", "TransformerConfig", "TransformerOutput", "load", "load_expert"]
+__all__ = ["CompiledTransformer", "TransformerConfig", "TransformerOutput", "check_device", "load", "load_expert"]
 
 INPUTS = ["hidden_states", "timestep", "encoder_hidden_states"]
 CONFIG_KEYS = ("in_channels", "patch_size", "rope_max_seq_len", "text_dim")  # those that a call looks at
@@ -58,6 +58,8 @@ class CompiledTransformer(nn.Module):
         expand_timesteps: whether `timestep` is [B, tokens] instead of [B].
         bf16_graph: the second program.
         bf16_timesteps: ranges (low, high) of timesteps in 0 to 1000, both ends included, in which it runs.
+        kernels: which GPU kernels are selected when it is moved to a GPU, as in `load`.
+        artifact: where bundled kernels are.
 
     Raises:
         Hif4Error: the second program reads a tensor that the first does not, or of another dtype or shape.
@@ -73,6 +75,8 @@ class CompiledTransformer(nn.Module):
         expand_timesteps: bool,
         bf16_graph: Graph | None = None,
         bf16_timesteps: Sequence[tuple[float, float]] = (),
+        kernels: str = "auto",
+        artifact: Artifact | None = None,
     ) -> None:
         super().__init__()
         if bf16_timesteps and bf16_graph is None:
@@ -84,6 +88,8 @@ class CompiledTransformer(nn.Module):
         self.bf16_timesteps = tuple(bf16_timesteps)
         self.config = TransformerConfig(config)
         self.expand_timesteps = expand_timesteps
+        self.kernels = kernels
+        self.artifact = artifact
         self._dtype = dtype
         # A prefix, so that no tensor can take the name of one of the module's own attributes.
         self._buffer_names = {item.name: "weights/" + item.name.replace(".", "/") for item in graph.tensors}
@@ -135,7 +141,10 @@ class CompiledTransformer(nn.Module):
             graph = self.bf16_graph
         else:
             raise Hif4Error(f"the transformer has no variant {name!r}; it has {'bf16' if self.bf16_graph else 'none'}.")
-        return CompiledTransformer(graph, self._tensors(), self.config, self.dtype, self.expand_timesteps)
+        return CompiledTransformer(
+            graph, self._tensors(), self.config, self.dtype, self.expand_timesteps,
+            kernels=self.kernels, artifact=self.artifact,
+        )  # fmt: skip
 
     def uses_bf16(self, timestep: torch.Tensor) -> bool:
         """Whether a call at these timesteps, of any shape, runs the program with activations in bf16.
@@ -209,7 +218,11 @@ class CompiledTransformer(nn.Module):
         yield
 
     def to(self, *args: Any, **kwargs: Any) -> CompiledTransformer:
-        """Move to a device. A dtype other than the program's is refused: it was fixed when the model was compiled."""
+        """Move to a device. A dtype other than the program's is refused: it was fixed when the model was compiled.
+
+        Raises:
+            Hif4Error: another dtype; or a GPU for which the chosen kernels cannot be had.
+        """
         dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
         if dtype is not None and dtype != self.dtype:
             raise Hif4Error(f"the transformer was compiled for {self.dtype} and cannot be converted to {dtype}.")
@@ -222,11 +235,22 @@ class CompiledTransformer(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         self._executors.clear()
-        return super()._apply(move, recurse)
+        before = self.device
+        result = super()._apply(move, recurse)
+        if self.device.type == "cuda" and self.device != before:  # HIP devices are called so as well
+            from hif4c.runtime.gpu.registry import select as select_gpu
+
+            select_gpu(self.kernels, self.artifact)
+        return result
 
 
 def load(
-    path: str | os.PathLike[str], expert: str = "transformer", *, verify: bool = True, kernels: str = "auto"
+    path: str | os.PathLike[str],
+    expert: str = "transformer",
+    *,
+    verify: bool = True,
+    kernels: str = "auto",
+    device: str | torch.device = "cpu",
 ) -> CompiledTransformer:
     """Load one expert of an artifact.
 
@@ -234,21 +258,42 @@ def load(
         path: the artifact's directory.
         expert: "transformer" (high noise, or the only one) or "transformer_2".
         verify: compare the sha256 of the expert's files with the manifest before anything is used.
-        kernels: what runs the 4-bit layers on the CPU, for the whole process: "native" (compiled on this machine from
-            the sources in this package, the first time in some seconds), "portable" (plain torch, many times slower;
-            the same bits), or "auto" (native where there is a C++ compiler, else portable with one warning).
+        kernels: what runs on the device, for the whole process:
+            "bundled": the kernels in the artifact, when they are trusted on this machine (`hif4c trust`, or compiled
+            here); "jit": built on this machine, for the CPU from the sources in this package with a C++ compiler, for
+            a GPU with Triton; "portable": plain torch, many times slower; "auto": the first of these that can be had,
+            on a GPU without "jit", and portable with one warning that says how to get the speed.
+        device: where it runs. One that is moved to a GPU later gets that GPU's kernels then.
 
     Raises:
-        Hif4Error: the artifact is damaged, incomplete, newer than this hif4c, or lacks the expert; or native kernels
-            were asked for and cannot be had.
+        Hif4Error: the artifact is damaged, incomplete, newer than this hif4c, or lacks the expert; or the kernels
+            that were asked for cannot be had.
     """
+    check_word(kernels)
+    device = check_device(device)
     artifact = open_artifact(path)
-    select(kernels)
-    return load_expert(artifact, expert, verify=verify)
+    if device.type == "cpu":
+        select(kernels, artifact)
+    model = load_expert(artifact, expert, verify=verify, kernels=kernels)
+    return model if device.type == "cpu" else model.to(device)
 
 
-def load_expert(artifact: Artifact, expert: str, *, verify: bool = True) -> CompiledTransformer:
-    """Load one expert of an opened artifact; arguments and errors as in `load`."""
+def check_device(device: str | torch.device) -> torch.device:
+    """Fail before anything is loaded (Hif4Error) when there is no such device."""
+    try:
+        found = torch.device(device)
+        torch.ones(1, device=found).item()  # "meta" is a device as well, but computes nothing
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise Hif4Error(f"device {str(device)!r} cannot be used here ({reason}).") from None
+    return found
+
+
+def load_expert(artifact: Artifact, expert: str, *, verify: bool = True, kernels: str = "auto") -> CompiledTransformer:
+    """Load one expert of an opened artifact, on the CPU; arguments and errors as in `load`.
+
+    The process's choice of CPU kernels stays what it was.
+    """
     info = artifact.expert(expert)
     if verify:
         artifact.verify(f"{expert}/")
@@ -259,8 +304,9 @@ def load_expert(artifact: Artifact, expert: str, *, verify: bool = True) -> Comp
     tensors = artifact.tensors(expert, graph.tensors)
     try:
         return CompiledTransformer(
-            graph, tensors, info.config, info.dtype, artifact.expand_timesteps, bf16_graph, info.bf16_timesteps
-        )
+            graph, tensors, info.config, info.dtype, artifact.expand_timesteps, bf16_graph, info.bf16_timesteps,
+            kernels, artifact,
+        )  # fmt: skip
     except Hif4Error as error:
         raise Hif4Error(f"{artifact.root / expert}: {error}") from None
 

@@ -53,8 +53,8 @@ def verify_artifact(
             that did not pass.
     """
     artifact = open_artifact(path)
-    select(kernels)
     artifact.verify(progress=progress)
+    select(kernels, artifact)
     checks = []
     for name in artifact.experts:
         model = load_expert(artifact, name, verify=False)

@@ -14,6 +14,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from hif4c.compiler import compile as compile_module
+from hif4c.compiler import experts as experts_module
 from hif4c.compiler.capture import capture
 from hif4c.compiler.compile import CompileOptions, compile_model, resolve_recipes
 from hif4c.compiler.emit import to_graph
@@ -24,8 +25,9 @@ from hif4c.runtime.executor import Executor
 from hif4c.runtime.format import quantize
 from tests.support.checkpoints import VARIANTS, small_config, write_diffusers_model
 
-# Kernels that a test run builds stay in the checkout, and so do those of the processes that it starts.
+# Kernels that a test run builds and trusts stay in the checkout, and so do those of the processes that it starts.
 os.environ["XDG_CACHE_HOME"] = str(Path(__file__).parents[1] / ".cache")
+os.environ["XDG_CONFIG_HOME"] = str(Path(__file__).parents[1] / ".cache" / "config")
 GOLDEN = Path(__file__).parent / "passes" / "golden"
 
 
@@ -111,7 +113,7 @@ def quick_compile(captures: Captures) -> Callable[..., Path]:
     @contextmanager
     def shortened() -> Iterator[None]:
         with (
-            mock.patch.object(compile_module, "capture", captures),
+            mock.patch.object(experts_module, "capture", captures),
             mock.patch.object(compile_module, "_verify_in_fresh_process"),
         ):
             yield

@@ -46,7 +46,7 @@ def linear(
     rows: Annotated[str, typer.Option(help="Rows M, separated by commas.")] = ROWS,
     seconds: Annotated[float, typer.Option(help="About how long to measure each shape.")] = 2.0,
     threads: Annotated[int | None, typer.Option(help="Threads. Default: torch's.")] = None,
-    kernels: Annotated[str, typer.Option(help="auto, native or portable.")] = "native",
+    kernels: Annotated[str, typer.Option(help="auto, jit (built here) or portable.")] = "jit",
 ) -> None:
     """Time y = x W^T + b for bf16 x: torch in fp32 and bf16, and HiF4 (the quantization of x included).
 

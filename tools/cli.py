@@ -12,6 +12,7 @@ from hif4c.tools.evaluate import evaluate
 from hif4c.tools.inspect import inspect
 from hif4c.tools.plan import plan
 from hif4c.tools.sample import sample
+from hif4c.tools.trust import trust
 from hif4c.tools.verify import verify
 
 __all__ = ["app", "main"]
@@ -36,6 +37,12 @@ A first round, with the small model that ships with hif4c:
 
   hif4c evaluate tiny.hif4 --against wan-tiny
 
+An artifact that was compiled elsewhere brings kernels for its targets, which run once you trust them:
+
+  hif4c compile MODEL --target cpu,cuda-sm89 -o OUT
+
+  hif4c trust OUT                       on the other machine: what would run, and one question
+
 A large model is calibrated first, by sampling on a GPU or from clips:
 
   hif4c calibrate MODEL -o calib.safetensors
@@ -48,6 +55,7 @@ app.command("plan")(plan)
 app.command("calibrate")(calibrate)
 app.command("compile")(compile_command)
 app.command("verify")(verify)
+app.command("trust")(trust)
 app.command("sample")(sample)
 app.command("inspect")(inspect)
 app.command("evaluate")(evaluate)

@@ -32,22 +32,33 @@ def compile_command(
     components: Annotated[
         str, typer.Option(help="Text encoder, VAE and the rest: copy, link (hard links) or none.")
     ] = "copy",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to build kernels for: cpu (like this machine), cuda-sm80, cuda-sm89, cuda-sm90, cuda-sm100, "
+            "cuda-sm120, hip-gfx942, all, or portable (none). Repeatable, or with commas. Default: cpu."
+        ),
+    ] = None,
     golden: Annotated[bool, typer.Option(help="Record golden outputs, replayed by `hif4c verify`.")] = True,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
 ) -> None:
     """Compile a model once, ahead of time, into a 4-bit artifact.
 
-    The artifact appears under its name only when it is complete and a fresh process has loaded and verified it.
+    The artifact appears under its name only when it is complete and a fresh process has loaded and verified it. The
+    kernels that were built into it are recorded as trusted on this machine; elsewhere that takes `hif4c trust`.
     """
     from hif4c.compiler.compile import CompileOptions, compile_model, resolve_recipes
+    from hif4c.compiler.kernels import check_targets, resolve_targets
     from hif4c.compiler.locate import describe_model
     from hif4c.compiler.report import render_report
     from hif4c.runtime.artifact import open_artifact
 
     started = time.perf_counter()
+    targets = resolve_targets(target or ["cpu"])
+    check_targets(targets)
     experts = list(describe_model(model, revision=revision).configs)
     recipes = resolve_recipes(experts, recipe or [], expert or [])
-    options = CompileOptions(recipes, components, golden, revision, calibration)
+    options = CompileOptions(recipes, components, golden, revision, calibration, targets)
     with Reporter.make_progress() as progress:
         path = compile_model(model, output, options, Reporter(progress))
     console.print(render_report(open_artifact(path))[0])

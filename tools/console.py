@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 __all__ = [
+    "KERNELS_HELP",
     "MAX_SEED",
     "Reporter",
     "console",
@@ -43,6 +44,7 @@ OPTIONAL_PACKAGES = (
     "transformers",
 )
 MAX_SEED = 2**63 - 2**32  # torch's generators take 64-bit seeds; this leaves room for one seed a clip
+KERNELS_HELP = "auto, bundled (the artifact's, if trusted), jit (built here) or portable."
 # Into a pipe or file, tables take the width they need instead of 80 columns.
 # A path may hold ":smile:"; what was typed is what is printed.
 console = Console(width=None if sys.stdout.isatty() else 140, emoji=False)

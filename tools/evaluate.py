@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hif4c.tools.console import MAX_SEED, console, make_table, parse_size, progress_bar, run_command
+from hif4c.tools.console import KERNELS_HELP, MAX_SEED, console, make_table, parse_size, progress_bar, run_command
 from hif4c.tools.ladder import LadderOptions, climb_ladder, write_figures
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(min=1, help="Clips sampled together.")] = 16,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures as JSON.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    kernels: Annotated[str, typer.Option(help="On the CPU: auto, native (compiled here) or portable.")] = "auto",
+    kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
     ladder: Annotated[
         bool, typer.Option("--ladder", help="Compile the model with every recipe, and compare them.")
     ] = False,

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from hif4c.tools.console import MAX_SEED, console, find_base, parse_size, progress_bar, run_command
+from hif4c.tools.console import KERNELS_HELP, MAX_SEED, console, find_base, parse_size, progress_bar, run_command
 
 __all__ = ["sample"]
 
@@ -37,7 +37,7 @@ def sample(
         str | None, typer.Option(help="The original model, for an artifact without text encoder and VAE.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    kernels: Annotated[str, typer.Option(help="On the CPU: auto, native (compiled here) or portable.")] = "auto",
+    kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
 ) -> None:
     """Sample one clip: mp4, gif and a contact sheet."""
     from hif4c.runtime.artifact import open_artifact

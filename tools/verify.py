@@ -13,14 +13,14 @@ from typing import Annotated
 
 import typer
 
-from hif4c.tools.console import console, make_table, progress_bar, run_command
+from hif4c.tools.console import KERNELS_HELP, console, make_table, progress_bar, run_command
 
 __all__ = ["verify"]
 
 
 def verify(
     artifact: Annotated[Path, typer.Argument(help="Directory of the artifact.")],
-    kernels: Annotated[str, typer.Option(help="On the CPU: auto, native (compiled here) or portable.")] = "auto",
+    kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
 ) -> None:
     """Check every hash, load every expert, and replay its golden outputs. Exit status 1 when anything is off."""
     from hif4c.runtime.artifact import open_artifact

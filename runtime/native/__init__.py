@@ -1,5 +1,25 @@
-"""Native CPU kernels: C++ that ships with this package, compiled on the user's machine, loaded through ctypes."""
+"""Native CPU kernels: C++ that ships with this package and in artifacts, loaded through ctypes."""
 
-from hif4c.runtime.native.registry import KERNELS, disable, enable, is_available, is_enabled, native_kernels, select
+from hif4c.runtime.native.registry import (
+    KERNELS,
+    check_word,
+    disable,
+    enable,
+    is_available,
+    is_enabled,
+    native_kernels,
+    portable_kernels,
+    select,
+)
 
-__all__ = ["KERNELS", "disable", "enable", "is_available", "is_enabled", "native_kernels", "select"]
+__all__ = [
+    "KERNELS",
+    "check_word",
+    "disable",
+    "enable",
+    "is_available",
+    "is_enabled",
+    "native_kernels",
+    "portable_kernels",
+    "select",
+]

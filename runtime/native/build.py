@@ -22,16 +22,24 @@ from pathlib import Path
 
 from hif4c.runtime.errors import Hif4Error
 
-__all__ = ["FLAGS", "cache_directory", "find_compiler", "find_library"]
+__all__ = ["ABI", "FLAGS", "cache_directory", "compiler_version", "find_compiler", "find_library"]
 
 log = logging.getLogger(__name__)
 
-# No -march: each function states what it needs, so one library is safe on every processor of the architecture.
+ABI = 1
+"""Of the library's C interface: raised whenever an exported function changes, so that an artifact's older library is
+not called with arguments that it does not have."""
+
+# The architecture's first processor: each function states what it needs beyond, and is called where that is there.
+_BASELINE = {"x86_64": ("-march=x86-64",), "amd64": ("-march=x86-64",)}.get(platform.machine().lower(), ())
 # No contraction: a * b + c must round twice where it is written so, or codes would depend on the compiler.
+# Stripped, and nothing in it tells where or when it was built: equal sources and compilers give equal bytes.
 FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread",
-    "-w",
+    "-w", "-s", *_BASELINE,
 )  # fmt: skip
+# The library travels in artifacts: with its own copy of the C++ runtime it needs no more than a C library.
+_STATIC = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--gc-sections")
 
 _SOURCES = Path(__file__).parent
 _COMPILERS = ("c++", "g++", "clang++")
@@ -89,7 +97,7 @@ def find_compiler() -> list[str]:
 
 
 def _sources_hash() -> str:
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    digest = hashlib.sha256(" ".join((*FLAGS, *_STATIC)).encode())
     for path in sorted(_SOURCES.iterdir()):
         if path.suffix in (".cpp", ".h", ".inl"):
             data = path.read_bytes()
@@ -102,6 +110,15 @@ def _compiler_hash(compiler: list[str]) -> str:
     return hashlib.sha256(f"{shlex.join(compiler)}\n{result.stdout}".encode()).hexdigest()[:16]
 
 
+def compiler_version() -> str:
+    """First line of what the C++ compiler says of itself; "unknown" without one."""
+    try:
+        lines = _run([*find_compiler(), "--version"], Path.cwd()).stdout.splitlines()
+    except Hif4Error:
+        return "unknown"
+    return lines[0].strip() if lines else "unknown"
+
+
 def _build(compiler: list[str], library: Path) -> None:
     log.info("building the CPU kernels with %s into %s", shlex.join(compiler), library)
     sources = sorted(str(path) for path in _SOURCES.glob("*.cpp"))
@@ -110,7 +127,10 @@ def _build(compiler: list[str], library: Path) -> None:
     except OSError as error:
         raise Hif4Error(f"{library.parent}: cannot be written to ({error.strerror}); {_SET_CACHE}, {_HINT}.") from None
     try:
-        result = _run([*compiler, *FLAGS, *sources, "-o", str(scratch / "library.so")], scratch)
+        command = [*compiler, *FLAGS, *sources, "-o", str(scratch / "library.so")]
+        result = _run([*command, *_STATIC] if sys.platform == "linux" else command, scratch)
+        if result.returncode != 0 and sys.platform == "linux":  # some systems have no static C++ runtime
+            result = _run(command, scratch)
         if result.returncode != 0 or not (scratch / "library.so").is_file():
             raise Hif4Error(
                 f"{shlex.join(compiler)} could not build the native kernels ({_first_error(result)}); "

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from hif4c.compiler import compile as compile_module
+from hif4c.compiler import experts as experts_module
 from hif4c.compiler import ladder as ladder_module
 from hif4c.compiler.calibration import Calibration
 from hif4c.compiler.ladder import KINDS, Yardstick, ladder_recipes, median_sqnr, run_ladder, vary_recipe
@@ -51,7 +52,7 @@ class Climbed:
 def climbed(captures: Any, tmp_path_factory: pytest.TempPathFactory) -> Climbed:
     work, events = tmp_path_factory.mktemp("ladder"), []
     with (
-        mock.patch.object(compile_module, "capture", captures),
+        mock.patch.object(experts_module, "capture", captures),
         mock.patch.object(compile_module, "_verify_in_fresh_process"),
     ):
         result = run_ladder(

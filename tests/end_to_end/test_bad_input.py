@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hif4c.compiler import compile as compile_module
+from hif4c.compiler import experts as experts_module
 from hif4c.compiler.compile import CompileOptions, compile_model
 from hif4c.compiler.recipe import Recipe
 from hif4c.runtime.errors import Hif4Error
@@ -272,7 +273,7 @@ def test_a_full_disk(model, refusal, monkeypatch):
 
 def test_an_artifact_that_does_not_verify_leaves_nothing(models, captures, tmp_path, monkeypatch):
     """Memory or disk may be at fault as well as hif4c: one sentence with the reason, and no directory."""
-    monkeypatch.setattr(compile_module, "capture", captures)
+    monkeypatch.setattr(experts_module, "capture", captures)
     failed = subprocess.CompletedProcess([], 3, stdout="", stderr="Hif4Error: something\n")
     monkeypatch.setattr(compile_module.subprocess, "run", lambda *arguments, **options: failed)
     options = CompileOptions({"transformer": Recipe("rtn")}, components="none", golden=False)
@@ -283,7 +284,7 @@ def test_an_artifact_that_does_not_verify_leaves_nothing(models, captures, tmp_p
 
 
 def test_an_interruption_leaves_nothing(models, captures, tmp_path, monkeypatch):
-    monkeypatch.setattr(compile_module, "capture", captures)
+    monkeypatch.setattr(experts_module, "capture", captures)
 
     def interrupt(event, value):
         if event == "bytes":

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from hif4c.compiler import calibrate as calibrate_module
 from hif4c.compiler import compile as compile_module
+from hif4c.compiler import experts as experts_module
 from hif4c.compiler.calibration_run import CalibrationOptions
 from hif4c.compiler.compile import CompileOptions, compile_model, resolve_recipes
 from hif4c.compiler.evaluation import evaluate_pair, sample_clips
@@ -41,7 +42,7 @@ def compiled(captures, tmp_path_factory) -> Iterator[Compiled]:
     recipes = resolve_recipes(EXPERTS, [], [])
     with (
         mock.patch.object(compile_module, "CalibrationOptions", return_value=CALIBRATION),
-        mock.patch.object(compile_module, "capture", captures),
+        mock.patch.object(experts_module, "capture", captures),
         mock.patch.object(calibrate_module, "capture", captures),
         mock.patch.object(compile_module, "_verify_in_fresh_process"),  # a test below
     ):

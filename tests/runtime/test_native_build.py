@@ -21,6 +21,8 @@ needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on this machine"
 )
 
+SHARED = os.environ["XDG_CACHE_HOME"]  # of the whole test run; a build takes seconds
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -180,7 +182,7 @@ def test_builds_at_once_leave_one_whole_library(cache: Path, tmp_path: Path, mon
 
 
 @pytest.mark.usefixtures("fresh_registry")
-def test_auto_warns_once_and_native_raises(
+def test_auto_warns_once_and_jit_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     no_compiler(monkeypatch, tmp_path)
@@ -192,10 +194,44 @@ def test_auto_warns_once_and_native_raises(
     assert not registry.is_enabled()
     assert not registry.is_available()
     with pytest.raises(Hif4Error, match="install"):
-        registry.select("native")
+        registry.select("jit")
+    with pytest.raises(Hif4Error, match="no artifact to take bundled kernels from"):
+        registry.select("bundled")
     registry.select("portable")
-    with pytest.raises(Hif4Error, match="auto, native, portable"):
-        registry.select("fast")
+    for word in ("fast", "native"):
+        with pytest.raises(Hif4Error, match="auto, bundled, jit, portable"):
+            registry.select(word)
+
+
+@needs_compiler
+def test_equal_sources_give_equal_bytes_that_name_no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A library that is built elsewhere, by the same compiler, from a copy of the sources."""
+    with monkeypatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", SHARED)
+        first = build.find_library().read_bytes()
+    copy = shutil.copytree(build._SOURCES, tmp_path / "elsewhere" / "sources")
+    monkeypatch.setattr(build, "_SOURCES", copy)
+    assert build.find_library().read_bytes() == first
+    for directory in (copy, tmp_path, Path(__file__).parents[2]):
+        assert os.fsencode(directory) not in first
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("readelf") is None, reason="readelf tells on Linux")
+def test_the_library_needs_only_the_c_library(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", SHARED)
+    text = subprocess.run(["readelf", "-d", build.find_library()], capture_output=True, text=True, check=True).stdout
+    needed = [line.partition("[")[2].rstrip("]") for line in text.splitlines() if "(NEEDED)" in line]
+    assert all(name.startswith(("libc.so", "ld-linux", "libm.so", "libpthread.so")) for name in needed), needed
+
+
+def test_a_system_without_a_static_runtime_gets_the_dynamic_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    body = 'echo "$out" >> "$(dirname "$0")/runs"; test -n "$static" && exit 1; echo junk > "$out"'
+    script = fake_compiler(tmp_path, body)
+    script.write_text(script.read_text().replace("shift; done", "test $1 = -static-libgcc && static=1; shift; done"))
+    monkeypatch.setenv("CXX", str(script))
+    assert build.find_library().read_text() == "junk\n"
+    assert len((tmp_path / "runs").read_text().splitlines()) == (2 if sys.platform == "linux" else 1)
 
 
 @needs_compiler

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("plan", "compile", "verify", "sample", "inspect", "evaluate", "bench")
+COMMANDS = ("plan", "compile", "verify", "sample", "inspect", "evaluate", "trust", "bench")
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "demo", "train_tiny"])
