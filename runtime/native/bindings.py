@@ -15,12 +15,10 @@ import torch
 from hif4c.runtime import format as hif4_format
 from hif4c.runtime import ops, reference
 from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.native.row_bindings import RowKernels, row_operators
+from hif4c.runtime.native.status import BEST, INSTRUCTION_SETS, raise_status
 
 __all__ = ["INSTRUCTION_SETS", "Library"]
-
-# By the number that the library knows them by; each includes those before it.
-INSTRUCTION_SETS = ("portable", "avx2", "avx512", "avx512vbmi")
-BEST = -1
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 # Elements of the fp32 block in which what torch finishes (GELU, the cast to fp16) is computed: 16 MB.
@@ -42,13 +40,12 @@ class Library:
             raise Hif4Error(
                 f"{path}: cannot be loaded ({error}); delete it to have it built again, or use kernels='portable'."
             ) from None
-        library.hif4_quantize.argtypes = (_P, _I, _P, _I, ctypes.c_float, _L, _L, _P, _P, _I, _P, _I)
         library.hif4_linear.argtypes = (_P, _P, _P, _P, _P, _P, _P, _L, _P, _I, _L, _L, _L, _I, _P, _I)
         self.path = path
         self.functions = library
-        self._quantize: Callable[..., int] = library.hif4_quantize
         self._linear: Callable[..., int] = library.hif4_linear
         self.parallel = _torch_openmp()  # what every entry point takes to start its threads
+        self.rows = RowKernels(self)
         self.instruction_set: int = library.hif4_instruction_set()
         self._check()
 
@@ -80,30 +77,13 @@ class Library:
         ) -> tuple[torch.Tensor, torch.Tensor]:
             return self.quantize(x, mask, hadamard)
 
-        return {"linear": linear, "quantize": quantize}
+        return {"linear": linear, "quantize": quantize, **row_operators(self)}
 
-    @torch.no_grad()
     def quantize(
         self, x: torch.Tensor, mask: torch.Tensor | None = None, hadamard: int = 0, instruction_set: int = BEST
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `hif4c.runtime.format.quantize`, with the kernels of an instruction set (-1: the best there is)."""
-        hif4_format.check_input(x, mask, hadamard)
-        if x.device.type != "cpu" or (mask is not None and mask.device.type != "cpu"):
-            return hif4_format.quantize(x, mask, hadamard)
-        k = x.shape[-1]
-        codes_shape, scales_shape = hif4_format.packed_shapes(x.shape)
-        codes = torch.empty(codes_shape, dtype=torch.uint8)
-        scales = torch.empty(scales_shape, dtype=torch.uint8)
-        rows = x.numel() // k
-        if rows:
-            source = (x if x.dtype in _DTYPES else x.float()).contiguous()
-            factors = None if mask is None else mask.float().contiguous()
-            status = self._quantize(
-                source.data_ptr(), _DTYPES[source.dtype], _address(factors), hadamard, max(hadamard, 1) ** -0.5,
-                rows, k, codes.data_ptr(), scales.data_ptr(), torch.get_num_threads(), self.parallel, instruction_set,
-            )  # fmt: skip
-            _raise(status, instruction_set)
-        return codes, scales
+        return self.rows.quantize(x, mask, hadamard, instruction_set)
 
     @torch.no_grad()
     def linear(
@@ -147,7 +127,7 @@ class Library:
                 _address(side_weight), width, result.data_ptr(), _DTYPES[result.dtype], count, n, units,
                 torch.get_num_threads(), self.parallel, instruction_set,
             )  # fmt: skip
-            _raise(status, instruction_set)
+            raise_status(status, instruction_set)
 
         if activation is None and dtype in _DTYPES:
             compute(0, m, out)
@@ -167,7 +147,7 @@ class Library:
         generator = torch.Generator().manual_seed(0)
         x, w = torch.randn(11, 320, generator=generator), torch.randn(50, 320, generator=generator)
         expected, weight = hif4_format.quantize(x, None, 64), hif4_format.quantize(w)
-        same = all(map(torch.equal, self.quantize(x, None, 64), expected))
+        same = all(map(torch.equal, self.quantize(x, None, 64), expected)) and self.rows.agree()
         for rows in (3, 11):  # few rows have a kernel of their own
             planes = (expected[0][:rows], expected[1][:rows], *weight)
             same &= torch.equal(self.linear(*planes), reference.linear(*planes))
@@ -200,12 +180,3 @@ def _torch_openmp() -> int | None:
 
 def _address(tensor: torch.Tensor | None, element: int = 0) -> int | None:
     return None if tensor is None else tensor.data_ptr() + element * tensor.element_size()
-
-
-def _raise(status: int, instruction_set: int) -> None:
-    if status == 1:
-        raise MemoryError("hif4: no memory for the kernels' scratch")
-    if status:
-        known: Any = INSTRUCTION_SETS
-        name = known[instruction_set] if 0 <= instruction_set < len(known) else instruction_set
-        raise Hif4Error(f"this processor has no kernels for {name!r}.")

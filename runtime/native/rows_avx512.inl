@@ -1,8 +1,132 @@
 // Included by rows_avx512.cpp inside a namespace, with HIF4_TARGET defined.
+//
+// A unit is held in four registers: register i has channel i of every run of 4, and each lane is one of the 16 runs. So
+// the maximum of a run is one of registers, and what a run shares needs no broadcast. Which lane is which run is what
+// loading costs least: a layout says which bit of the lane's number each bit of the run's number is.
 
-HIF4_TARGET HIF4_INLINE uint64_t join_masks(const __mmask16 (&masks)[4]) {
-  return masks[0] | static_cast<uint64_t>(masks[1]) << 16 | static_cast<uint64_t>(masks[2]) << 32 |
-         static_cast<uint64_t>(masks[3]) << 48;
+struct Bfloat16Layout {
+  static constexpr int kBit[4] = {0, 2, 3, 1};
+};
+struct Float32Layout {
+  static constexpr int kBit[4] = {2, 3, 0, 1};
+};
+
+template <typename Layout>
+constexpr int lane_of(int run) {
+  int lane = 0;
+  for (int bit = 0; bit < 4; bit++) lane |= (run >> bit & 1) << Layout::kBit[bit];
+  return lane;
+}
+
+struct Unit {
+  __m512 x[4];
+};
+
+HIF4_TARGET HIF4_INLINE void load_unit(Bfloat16Layout, const void* x, Unit* unit) {
+  const __m512 a = _mm512_loadu_ps(x), b = _mm512_loadu_ps(static_cast<const uint16_t*>(x) + 32);
+  const __m512i low = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88));   // channels 0 and 1 of each run
+  const __m512i high = _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xDD));  // channels 2 and 3
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
+  unit->x[0] = _mm512_castsi512_ps(_mm512_slli_epi32(low, 16));
+  unit->x[1] = _mm512_castsi512_ps(_mm512_and_si512(low, upper));
+  unit->x[2] = _mm512_castsi512_ps(_mm512_slli_epi32(high, 16));
+  unit->x[3] = _mm512_castsi512_ps(_mm512_and_si512(high, upper));
+}
+
+HIF4_TARGET HIF4_INLINE void load_unit(Float32Layout, const void* x, Unit* unit) {  // 4 x 4 transposed in each lane
+  const float* z = static_cast<const float*>(x);
+  const __m512 a = _mm512_loadu_ps(z), b = _mm512_loadu_ps(z + 16), c = _mm512_loadu_ps(z + 32),
+               d = _mm512_loadu_ps(z + 48);
+  const __m512d ab = _mm512_castps_pd(_mm512_unpacklo_ps(a, b)), cd = _mm512_castps_pd(_mm512_unpacklo_ps(c, d));
+  const __m512d ef = _mm512_castps_pd(_mm512_unpackhi_ps(a, b)), gh = _mm512_castps_pd(_mm512_unpackhi_ps(c, d));
+  unit->x[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+  unit->x[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+  unit->x[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ef, gh));
+  unit->x[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ef, gh));
+}
+
+// Each lane's partner: the lane whose number differs in one bit.
+template <int BIT>
+HIF4_TARGET HIF4_INLINE __m512 partner(__m512 x) {
+  if (BIT == 0) return _mm512_permute_ps(x, 0xB1);
+  if (BIT == 1) return _mm512_permute_ps(x, 0x4E);
+  if (BIT == 2) return _mm512_shuffle_f32x4(x, x, 0xB1);
+  return _mm512_shuffle_f32x4(x, x, 0x4E);
+}
+
+// A butterfly of runs: the product with 1 or -1 is exact, so the fused sum rounds as the one of block_hadamard.
+template <int BIT>
+HIF4_TARGET HIF4_INLINE void butterfly(Unit* unit) {
+  constexpr __mmask16 upper = BIT == 0 ? 0xAAAA : BIT == 1 ? 0xCCCC : BIT == 2 ? 0xF0F0 : 0xFF00;
+  const __m512 sign = _mm512_mask_blend_ps(upper, _mm512_set1_ps(1), _mm512_set1_ps(-1));
+  for (__m512& x : unit->x) x = _mm512_fmadd_ps(x, sign, partner<BIT>(x));
+}
+
+HIF4_TARGET HIF4_INLINE void butterfly(__m512* a, __m512* b) {
+  const __m512 sum = _mm512_add_ps(*a, *b), difference = _mm512_sub_ps(*a, *b);
+  *a = sum;
+  *b = difference;
+}
+
+HIF4_TARGET HIF4_INLINE void scale_unit(Unit* unit, float factor) {
+  for (__m512& x : unit->x) x = _mm512_mul_ps(x, _mm512_set1_ps(factor));
+}
+
+template <typename Layout>
+HIF4_TARGET HIF4_INLINE void rotate_unit(Unit* unit, int width) {
+  butterfly(&unit->x[0], &unit->x[1]);
+  butterfly(&unit->x[2], &unit->x[3]);
+  if (width < 4) return;
+  butterfly(&unit->x[0], &unit->x[2]);
+  butterfly(&unit->x[1], &unit->x[3]);
+  if (width < 8) return;
+  butterfly<Layout::kBit[0]>(unit);
+  if (width < 16) return;
+  butterfly<Layout::kBit[1]>(unit);
+  if (width < 32) return;
+  butterfly<Layout::kBit[2]>(unit);
+  if (width < 64) return;
+  butterfly<Layout::kBit[3]>(unit);
+}
+
+// Up to 16 units on their way: their level-1 scales depend on a long chain of operations, which one register goes
+// through once.
+struct Units {
+  __m512 x[16][4];
+  __m512i run_max[16];   // of the magnitudes, as integers: NaN and Inf are above everything finite
+  __m512i pair_max[16];  // of two neighbouring runs
+  float inverse[16];     // bf16_rne(1 / E6M2)
+  uint32_t exponents[16];  // E1_16 of each lane, E1_8 of each lane << 16
+};
+
+HIF4_TARGET HIF4_INLINE __m512i magnitude(__m512 x) {
+  return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF));
+}
+
+template <typename Layout>
+HIF4_TARGET HIF4_INLINE void keep_unit(const Unit& unit, int u, Units* units) {
+  for (int i = 0; i < 4; i++) units->x[u][i] = unit.x[i];
+  const __m512i run = _mm512_max_epi32(_mm512_max_epi32(magnitude(unit.x[0]), magnitude(unit.x[1])),
+                                       _mm512_max_epi32(magnitude(unit.x[2]), magnitude(unit.x[3])));
+  units->run_max[u] = run;
+  units->pair_max[u] =
+      _mm512_max_epi32(run, _mm512_castps_si512(partner<Layout::kBit[0]>(_mm512_castsi512_ps(run))));
+}
+
+HIF4_TARGET HIF4_INLINE __m512i max_of_lanes(const __m512i (&x)[16]) {  // lane u: the largest of x[u]
+  __m512i a[8], b[4], c[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++)
+    a[i] = _mm512_max_epi32(_mm512_unpacklo_epi32(x[i], x[i + 8]), _mm512_unpackhi_epi32(x[i], x[i + 8]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++)
+    b[i] = _mm512_max_epi32(_mm512_unpacklo_epi32(a[i], a[i + 4]), _mm512_unpackhi_epi32(a[i], a[i + 4]));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++)
+    c[i] = _mm512_max_epi32(_mm512_shuffle_i32x4(b[i], b[i + 2], 0x88), _mm512_shuffle_i32x4(b[i], b[i + 2], 0xDD));
+  const __m512i d = _mm512_max_epi32(_mm512_shuffle_i32x4(c[0], c[1], 0x88), _mm512_shuffle_i32x4(c[0], c[1], 0xDD));
+  // A group of four lanes is of x[i], x[i + 4], x[i + 8], x[i + 12]; the groups are those of i = 0, 2, 1, 3.
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15), d);
 }
 
 HIF4_TARGET HIF4_INLINE __m512i bf16_rne16(__m512 x) {  // as bf16_rne
@@ -11,101 +135,182 @@ HIF4_TARGET HIF4_INLINE __m512i bf16_rne16(__m512 x) {  // as bf16_rne
   return _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7FFF)), 16);
 }
 
-// One unit, given bf16_rne(1 / E6M2): its codes, and its E1_8 and E1_16 as the three bytes after E6M2.
-HIF4_TARGET HIF4_INLINE uint32_t quantize_unit(const float* x, __m512 inverse, uint8_t* codes) {
-  __mmask16 e8[4], e16[4];
-#pragma GCC unroll 4
-  for (int v = 0; v < 4; v++) {
-    const __m512 z = _mm512_loadu_ps(x + 16 * v);
-    // Multiplying by a positive number keeps the order, so the maxima may be taken after it. Each stands in all lanes
-    // of its run.
-    const __m512 w = _mm512_mul_ps(_mm512_abs_ps(z), inverse);
-    const __m512 pair = _mm512_max_ps(w, _mm512_permute_ps(w, 0xB1));
-    const __m512 w16 = _mm512_max_ps(pair, _mm512_permute_ps(pair, 0x4E));
-    const __m512 w8 = _mm512_max_ps(w16, _mm512_shuffle_f32x4(w16, w16, 0xB1));
-    e8[v] = _mm512_cmp_ps_mask(w8, _mm512_set1_ps(4), _CMP_GE_OQ);
-    const __m512 limit = _mm512_mask_blend_ps(e8[v], _mm512_set1_ps(2), _mm512_set1_ps(4));
-    e16[v] = _mm512_cmp_ps_mask(w16, limit, _CMP_GE_OQ);
-    __m512 factor = _mm512_mask_blend_ps(e8[v], _mm512_set1_ps(4), _mm512_set1_ps(2));
-    factor = _mm512_mask_mul_ps(factor, e16[v], factor, _mm512_set1_ps(0.5f));
-    const __m512 t = _mm512_add_ps(_mm512_mul_ps(w, factor), _mm512_set1_ps(0.5f));
-    __m512i nibble = _mm512_cvttps_epi32(_mm512_min_ps(t, _mm512_set1_ps(7)));
-    const __mmask16 below = _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_LT_OQ);
-    nibble = _mm512_mask_or_epi32(nibble, below, nibble, _mm512_set1_epi32(8));
-    // Two lanes are a code byte: the second nibble comes down beside the first.
-    nibble = _mm512_or_si512(nibble, _mm512_srli_epi64(nibble, 28));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(codes + 8 * v), _mm512_cvtepi64_epi8(nibble));
-  }
-  // One bit of each run, then each byte turned round: the first run belongs in the most significant bit.
-  uint32_t meta = static_cast<uint32_t>(_pext_u64(join_masks(e8), 0x0101010101010101) |
-                                        _pext_u64(join_masks(e16), 0x1111111111111111) << 8);
-  meta = (meta >> 4 & 0x0F0F0F0F) | (meta & 0x0F0F0F0F) << 4;
-  meta = (meta >> 2 & 0x33333333) | (meta & 0x33333333) << 2;
-  meta = (meta >> 1 & 0x55555555) | (meta & 0x55555555) << 1;
-  return meta;
+// Exchanges the bits of each half word whose numbers have bit I set and J clear with those that have J set and I clear.
+template <int I, int J>
+HIF4_TARGET HIF4_INLINE __m512i exchange_bits(__m512i x) {
+  constexpr int distance = (1 << J) - (1 << I);
+  uint32_t mask = 0;
+  for (int bit = 0; bit < 32; bit++)
+    if ((bit >> I & 1) && !(bit >> J & 1)) mask |= 1u << bit;
+  const __m512i moved = _mm512_and_si512(_mm512_xor_si512(_mm512_srli_epi32(x, distance), x),
+                                         _mm512_set1_epi32(static_cast<int>(mask)));
+  return _mm512_xor_si512(x, _mm512_xor_si512(moved, _mm512_slli_epi32(moved, distance)));
 }
 
-// Sixteen units at a time: their level-1 scales depend on a long chain of operations, which one vector goes through once.
-HIF4_TARGET void quantize(const float* x, int64_t units, uint8_t* codes, uint8_t* scales) {
-  for (int64_t start = 0; start < units; start += 16) {
-    const int count = static_cast<int>(units - start < 16 ? units - start : 16);
-    int32_t largest[16] = {};
-    for (int u = 0; u < count; u++) {
-      const float* z = x + (start + u) * kUnit;
-      // Compared as integers magnitudes have the same order, and NaN and Inf are above everything finite.
-      const __m512i a = _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(z)));
-      const __m512i b = _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(z + 16)));
-      const __m512i c = _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(z + 32)));
-      const __m512i d = _mm512_castps_si512(_mm512_abs_ps(_mm512_loadu_ps(z + 48)));
-      largest[u] = _mm512_reduce_max_epi32(_mm512_max_epi32(_mm512_max_epi32(a, b), _mm512_max_epi32(c, d)));
-    }
-    const __m512i vmax = _mm512_loadu_si512(largest);
-    const __mmask16 invalid = _mm512_cmpge_epi32_mask(vmax, _mm512_set1_epi32(0x7F800000));
-    // As level1.
-    __m512i sf = bf16_rne16(_mm512_mul_ps(_mm512_castsi512_ps(vmax), _mm512_set1_ps(0.142578125f)));
-    sf = _mm512_min_epi32(_mm512_max_epi32(sf, _mm512_set1_epi32(0x2780)), _mm512_set1_epi32(0x4740));
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(sf, 5), _mm512_set1_epi32(1));
-    const __m512i bits = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(sf, odd), _mm512_set1_epi32(15)), 5);
-    const __m512 e6m2 = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 21));
-    float inverse[16];
-    uint32_t stored[16];
-    _mm512_storeu_si512(inverse, _mm512_slli_epi32(bf16_rne16(_mm512_div_ps(_mm512_set1_ps(1), e6m2)), 16));
-    _mm512_storeu_si512(stored, _mm512_sub_epi32(bits, _mm512_set1_epi32((127 - 48) << 2)));
+template <int BY>
+HIF4_TARGET HIF4_INLINE __m512i exchange_neighbours(__m512i x, uint32_t mask) {
+  const __m512i low = _mm512_set1_epi32(static_cast<int>(mask));
+  return _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(x, BY), low),
+                         _mm512_slli_epi32(_mm512_and_si512(x, low), BY));
+}
+
+HIF4_TARGET HIF4_INLINE __m512i order_runs(Bfloat16Layout, __m512i x) {
+  return exchange_bits<2, 3>(exchange_bits<1, 2>(x));
+}
+HIF4_TARGET HIF4_INLINE __m512i order_runs(Float32Layout, __m512i x) {
+  return exchange_bits<1, 3>(exchange_bits<0, 2>(x));
+}
+
+// `exponents` by lanes to E1_8 and E1_16 as the three bytes after E6M2.
+template <typename Layout>
+HIF4_TARGET HIF4_INLINE __m512i metadata(__m512i exponents) {
+  __m512i x = order_runs(Layout(), exponents);
+  x = exchange_neighbours<4>(x, 0x0F0F0F0F);  // the first run belongs in a byte's most significant bit
+  x = exchange_neighbours<2>(x, 0x33333333);
+  x = exchange_neighbours<1>(x, 0x55555555);
+  const __m512i e16 = _mm512_slli_epi32(x, 16);
+  // Each E1_8 stands there twice; of 16 bits every second stays.
+  __m512i e8 = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(0x5555));
+  e8 = _mm512_and_si512(_mm512_or_si512(e8, _mm512_srli_epi32(e8, 1)), _mm512_set1_epi32(0x3333));
+  e8 = _mm512_and_si512(_mm512_or_si512(e8, _mm512_srli_epi32(e8, 2)), _mm512_set1_epi32(0x0F0F));
+  // Bytes: the later four runs of 8, the earlier four.
+  e8 = _mm512_or_si512(_mm512_srli_epi32(e8, 8), _mm512_slli_epi32(e8, 4));
+  return _mm512_or_si512(e16, _mm512_slli_epi32(_mm512_and_si512(e8, _mm512_set1_epi32(0xFF)), 8));
+}
+
+template <typename Layout>
+struct CodeOrder {  // for 16-bit words: of 32-bit lanes the low halves, runs in order
+  uint16_t lane[32];
+  constexpr CodeOrder() : lane{} {
+    for (int run = 0; run < 32; run++) lane[run] = static_cast<uint16_t>(2 * lane_of<Layout>(run & 15));
+  }
+};
+
+template <typename Layout>
+HIF4_TARGET HIF4_INLINE void encode_unit(int u, Units* units, uint8_t* codes) {
+  static constexpr CodeOrder<Layout> kOrder;
+  const __m512 inverse = _mm512_set1_ps(units->inverse[u]);
+  const __m512 w16 = _mm512_mul_ps(_mm512_castsi512_ps(units->run_max[u]), inverse);
+  const __m512 w8 = _mm512_mul_ps(_mm512_castsi512_ps(units->pair_max[u]), inverse);
+  const __mmask16 e8 = _mm512_cmp_ps_mask(w8, _mm512_set1_ps(4), _CMP_GE_OQ);
+  const __m512 limit = _mm512_mask_blend_ps(e8, _mm512_set1_ps(2), _mm512_set1_ps(4));
+  const __mmask16 e16 = _mm512_cmp_ps_mask(w16, limit, _CMP_GE_OQ);
+  units->exponents[u] = static_cast<uint32_t>(e16) | static_cast<uint32_t>(e8) << 16;
+  // Powers of two commute with rounding, so they are part of the one factor.
+  __m512 factor = _mm512_mul_ps(inverse, _mm512_mask_blend_ps(e8, _mm512_set1_ps(4), _mm512_set1_ps(2)));
+  factor = _mm512_mask_mul_ps(factor, e16, factor, _mm512_set1_ps(0.5f));
+  __m512i nibble[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m512 x = units->x[u][i];
+    const __m512 t = _mm512_add_ps(_mm512_mul_ps(_mm512_abs_ps(x), factor), _mm512_set1_ps(0.5f));
+    const __m512i q = _mm512_cvttps_epi32(_mm512_min_ps(t, _mm512_set1_ps(7)));
+    const __mmask16 below = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
+    nibble[i] = _mm512_mask_or_epi32(q, below, q, _mm512_set1_epi32(8));
+  }
+  // 0xFE: a | b | c
+  const __m512i low = _mm512_or_si512(nibble[0], _mm512_slli_epi32(nibble[1], 4));
+  const __m512i run = _mm512_ternarylogic_epi32(low, _mm512_slli_epi32(nibble[2], 8), _mm512_slli_epi32(nibble[3], 12),
+                                                0xFE);
+  const __m512i ordered = _mm512_permutexvar_epi16(_mm512_loadu_si512(kOrder.lane), run);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm512_castsi512_si256(ordered));
+}
+
+template <typename Layout>
+HIF4_TARGET HIF4_INLINE void encode_units(Units* units, int count, uint8_t* codes, uint8_t* scales) {
+  const __m512i vmax = max_of_lanes(units->pair_max);
+  const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
+  const __mmask16 invalid = _mm512_mask_cmpge_epi32_mask(there, vmax, _mm512_set1_epi32(0x7F800000));
+  // As level1.
+  __m512i sf = bf16_rne16(_mm512_mul_ps(_mm512_castsi512_ps(vmax), _mm512_set1_ps(0.142578125f)));
+  sf = _mm512_min_epi32(_mm512_max_epi32(sf, _mm512_set1_epi32(0x2780)), _mm512_set1_epi32(0x4740));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(sf, 5), _mm512_set1_epi32(1));
+  const __m512i bits = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(sf, odd), _mm512_set1_epi32(15)), 5);
+  const __m512 e6m2 = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 21));
+  _mm512_storeu_si512(units->inverse, _mm512_slli_epi32(bf16_rne16(_mm512_div_ps(_mm512_set1_ps(1), e6m2)), 16));
+  for (int u = 0; u < count; u++) encode_unit<Layout>(u, units, codes + u * kUnitBytes);
+  const __m512i stored = _mm512_sub_epi32(bits, _mm512_set1_epi32((127 - 48) << 2));
+  __m512i packed = _mm512_or_si512(stored, metadata<Layout>(_mm512_loadu_si512(units->exponents)));
+  packed = _mm512_mask_set1_epi32(packed, invalid, 0xFF);
+  _mm512_mask_storeu_epi32(scales, there, packed);
+  if (__builtin_expect(invalid, 0))
+    for (int u = 0; u < count; u++)
+      if (invalid >> u & 1) memset(codes + u * kUnitBytes, 0, kUnitBytes);
+}
+
+// Butterflies of whole units, for widths beyond one.
+HIF4_TARGET HIF4_INLINE void rotate_units(Units* units, int count, Rotation rotation) {
+  for (int stride = 1; stride * kUnit < rotation.width; stride *= 2)
+    for (int start = 0; start < count; start += 2 * stride)
+      for (int u = start; u < start + stride; u++)
+        for (int i = 0; i < 4; i++) butterfly(&units->x[u][i], &units->x[u + stride][i]);
+}
+
+template <typename Layout, bool MASK, bool ROTATE>
+HIF4_TARGET void quantize_row(const void* x, const float* mask, Rotation rotation, int64_t k, uint8_t* codes,
+                              uint8_t* scales) {
+  constexpr int64_t kBytes = sizeof(Layout) && Layout::kBit[0] == 0 ? 2 : 4;
+  const int64_t whole = k / kUnit, total = (k + kUnit - 1) / kUnit;
+  const bool wide = ROTATE && rotation.width > kUnit;
+  alignas(64) uint8_t tail[kUnit * kBytes] = {};
+  if (whole < total) memcpy(tail, static_cast<const uint8_t*>(x) + whole * kUnit * kBytes, k % kUnit * kBytes);
+  Units units;
+  for (int u = 0; u < 16; u++) units.pair_max[u] = _mm512_setzero_si512();
+  for (int64_t start = 0; start < total; start += 16) {
+    const int count = static_cast<int>(total - start < 16 ? total - start : 16);
     for (int u = 0; u < count; u++) {
       const int64_t at = start + u;
-      uint32_t packed = 0xFF;
-      if (invalid >> u & 1)
-        memset(codes + at * kUnitBytes, 0, kUnitBytes);
-      else
-        packed = stored[u] | quantize_unit(x + at * kUnit, _mm512_set1_ps(inverse[u]), codes + at * kUnitBytes) << 8;
-      memcpy(scales + at * kScaleBytes, &packed, 4);
+      Unit unit;
+      load_unit(Layout(), at < whole ? static_cast<const uint8_t*>(x) + at * kUnit * kBytes : tail, &unit);
+      if (MASK)
+        for (int i = 0; i < 4; i++) unit.x[i] = _mm512_mul_ps(unit.x[i], _mm512_loadu_ps(mask + at * kUnit + 16 * i));
+      if (ROTATE) {
+        rotate_unit<Layout>(&unit, rotation.width);
+        if (wide) {
+          for (int i = 0; i < 4; i++) units.x[u][i] = unit.x[i];
+          continue;
+        }
+        scale_unit(&unit, rotation.factor);
+      }
+      keep_unit<Layout>(unit, u, &units);
     }
+    if (wide) {
+      rotate_units(&units, count, rotation);
+      for (int u = 0; u < count; u++) {
+        Unit unit;
+        for (int i = 0; i < 4; i++) unit.x[i] = units.x[u][i];
+        scale_unit(&unit, rotation.factor);
+        keep_unit<Layout>(unit, u, &units);
+      }
+    }
+    encode_units<Layout>(&units, count, codes + start * kUnitBytes, scales + start * kScaleBytes);
   }
 }
 
-HIF4_TARGET void load_bf16(const uint16_t* x, const float* mask, int64_t count, float* out) {
-  load_bf16_generic(x, mask, count, out);
+template <typename Layout>
+HIF4_TARGET void quantize_as(const void* x, const float* mask, Rotation rotation, int64_t k, uint8_t* codes,
+                             uint8_t* scales) {
+  if (mask && rotation.width > 1) return quantize_row<Layout, true, true>(x, mask, rotation, k, codes, scales);
+  if (mask) return quantize_row<Layout, true, false>(x, mask, rotation, k, codes, scales);
+  if (rotation.width > 1) return quantize_row<Layout, false, true>(x, mask, rotation, k, codes, scales);
+  quantize_row<Layout, false, false>(x, mask, rotation, k, codes, scales);
 }
 
-HIF4_TARGET void load_f32(const float* x, const float* mask, int64_t count, float* out) {
-  load_f32_generic(x, mask, count, out);
+HIF4_TARGET void quantize(const void* x, Dtype dtype, const float* mask, Rotation rotation, int64_t k, uint8_t* codes,
+                          uint8_t* scales) {
+  if (dtype == kBfloat16) return quantize_as<Bfloat16Layout>(x, mask, rotation, k, codes, scales);
+  quantize_as<Float32Layout>(x, mask, rotation, k, codes, scales);
 }
 
-// Butterflies within a vector: `swapped` has each lane's partner, `upper` marks the second of each pair.
-HIF4_TARGET HIF4_INLINE __m512 butterfly(__m512 x, __m512 swapped, __mmask16 upper) {
-  return _mm512_mask_sub_ps(_mm512_add_ps(x, swapped), upper, swapped, x);
-}
-
-HIF4_TARGET void rotate(float* x, int64_t count, int width, float factor) {
-  if (width < 16) return rotate_generic(x, count, width, factor);
-  for (float* v = x; v < x + count; v += 16) {  // a width of 16 or more divides the count
-    __m512 z = _mm512_loadu_ps(v);
-    z = butterfly(z, _mm512_permute_ps(z, 0xB1), 0xAAAA);
-    z = butterfly(z, _mm512_permute_ps(z, 0x4E), 0xCCCC);
-    z = butterfly(z, _mm512_shuffle_f32x4(z, z, 0xB1), 0xF0F0);
-    z = butterfly(z, _mm512_shuffle_f32x4(z, z, 0x4E), 0xFF00);
-    _mm512_storeu_ps(v, z);
+template <typename Layout>
+HIF4_INLINE void arrange(const float* mask, int64_t k, float* out) {
+  for (int64_t channel = 0; channel < (k + kUnit - 1) / kUnit * kUnit; channel++) {
+    const int within = static_cast<int>(channel % kUnit);
+    out[channel - within + within % 4 * 16 + lane_of<Layout>(within / 4)] = channel < k ? mask[channel] : 1.0f;
   }
-  for (int stride = 16; stride < width; stride *= 2) butterflies(x, count, stride);
-  for (int64_t i = 0; i < count; i++) x[i] *= factor;
+}
+
+HIF4_TARGET void arrange_mask(const float* mask, Dtype dtype, int64_t k, float* out) {
+  if (dtype == kBfloat16) return arrange<Bfloat16Layout>(mask, k, out);
+  arrange<Float32Layout>(mask, k, out);
 }

@@ -1,7 +1,7 @@
 // Quantization and rotation in plain C++, for the instruction sets that have nothing better.
 #pragma once
 
-#include "format.h"
+#include "rows.h"
 
 namespace hif4 {
 
@@ -19,7 +19,8 @@ HIF4_INLINE Level1 level1(float vmax) {
   return {bits - ((127 - 48) << 2), float_of(bf16_rne(inverse) << 16)};
 }
 
-HIF4_INLINE void quantize_generic(const float* x, int64_t units, uint8_t* codes, uint8_t* scales) {
+// Whole units of fp32 to planes.
+HIF4_INLINE void quantize_units(const float* x, int64_t units, uint8_t* codes, uint8_t* scales) {
   for (int64_t u = 0; u < units; u++, x += kUnit, codes += kUnitBytes, scales += kScaleBytes) {
     uint32_t v16[16], v8[8], vmax = 0;
     // Magnitudes are compared as integers: the same order, and NaN and Inf are above everything finite.
@@ -65,22 +66,6 @@ HIF4_INLINE void quantize_generic(const float* x, int64_t units, uint8_t* codes,
   }
 }
 
-HIF4_INLINE void load_bf16_generic(const uint16_t* x, const float* mask, int64_t count, float* out) {
-  if (mask) {
-    for (int64_t i = 0; i < count; i++) out[i] = float_of(static_cast<uint32_t>(x[i]) << 16) * mask[i];
-  } else {
-    for (int64_t i = 0; i < count; i++) out[i] = float_of(static_cast<uint32_t>(x[i]) << 16);
-  }
-}
-
-HIF4_INLINE void load_f32_generic(const float* x, const float* mask, int64_t count, float* out) {
-  if (mask) {
-    for (int64_t i = 0; i < count; i++) out[i] = x[i] * mask[i];
-  } else {
-    memcpy(out, x, count * sizeof(float));
-  }
-}
-
 // One stage of butterflies; the order of the stages and of the operands is the contract of block_hadamard.
 HIF4_INLINE void butterflies(float* x, int64_t count, int stride) {
   for (int64_t start = 0; start < count; start += 2 * stride)
@@ -91,9 +76,45 @@ HIF4_INLINE void butterflies(float* x, int64_t count, int stride) {
     }
 }
 
-HIF4_INLINE void rotate_generic(float* x, int64_t count, int width, float factor) {
-  for (int stride = 1; stride < width; stride *= 2) butterflies(x, count, stride);
-  for (int64_t i = 0; i < count; i++) x[i] *= factor;
+HIF4_INLINE void rotate(float* x, int64_t count, Rotation rotation) {
+  for (int stride = 1; stride < rotation.width; stride *= 2) butterflies(x, count, stride);
+  for (int64_t i = 0; i < count; i++) x[i] *= rotation.factor;
+}
+
+HIF4_INLINE void load(const uint16_t* x, const float* mask, int64_t count, float* out) {
+  if (mask) {
+    for (int64_t i = 0; i < count; i++) out[i] = float_of(static_cast<uint32_t>(x[i]) << 16) * mask[i];
+  } else {
+    for (int64_t i = 0; i < count; i++) out[i] = float_of(static_cast<uint32_t>(x[i]) << 16);
+  }
+}
+
+HIF4_INLINE void load(const float* x, const float* mask, int64_t count, float* out) {
+  if (mask) {
+    for (int64_t i = 0; i < count; i++) out[i] = x[i] * mask[i];
+  } else {
+    memcpy(out, x, count * sizeof(float));
+  }
+}
+
+HIF4_INLINE void quantize_generic(const void* x, Dtype dtype, const float* mask, Rotation rotation, int64_t k,
+                                  uint8_t* codes, uint8_t* scales) {
+  alignas(64) float chunk[kChunk];
+  for (int64_t start = 0; start < k; start += kChunk) {
+    const int64_t count = k - start < kChunk ? k - start : kChunk, padded = (count + kUnit - 1) / kUnit * kUnit;
+    const float* factors = mask ? mask + start : nullptr;
+    if (dtype == kBfloat16)
+      load(static_cast<const uint16_t*>(x) + start, factors, count, chunk);
+    else
+      load(static_cast<const float*>(x) + start, factors, count, chunk);
+    if (rotation.width > 1) rotate(chunk, count, rotation);
+    memset(chunk + count, 0, (padded - count) * sizeof(float));
+    quantize_units(chunk, padded / kUnit, codes + start / 2, scales + start / kUnit * kScaleBytes);
+  }
+}
+
+HIF4_INLINE void arrange_mask_generic(const float* mask, int64_t k, float* out) {
+  memcpy(out, mask, k * sizeof(float));
 }
 
 }  // namespace hif4

@@ -2,23 +2,23 @@
 #include "rows.h"
 #include "rows_generic.h"
 
+#define HIF4_TARGET
+#define HIF4_LANES 4
+
 namespace hif4 {
 namespace {
 
-void quantize(const float* x, int64_t units, uint8_t* codes, uint8_t* scales) {
-  quantize_generic(x, units, codes, scales);
+#include "rows_norm.inl"
+
+HIF4_TARGET void quantize(const void* x, Dtype dtype, const float* mask, Rotation rotation, int64_t k, uint8_t* codes,
+                          uint8_t* scales) {
+  quantize_generic(x, dtype, mask, rotation, k, codes, scales);
 }
 
-void load_bf16(const uint16_t* x, const float* mask, int64_t count, float* out) {
-  load_bf16_generic(x, mask, count, out);
-}
-
-void load_f32(const float* x, const float* mask, int64_t count, float* out) { load_f32_generic(x, mask, count, out); }
-
-void rotate(float* x, int64_t count, int width, float factor) { rotate_generic(x, count, width, factor); }
+HIF4_TARGET void arrange_mask(const float* mask, Dtype, int64_t k, float* out) { arrange_mask_generic(mask, k, out); }
 
 }  // namespace
 
-const RowKernels kRowsPortable = {quantize, load_bf16, load_f32, rotate};
+const RowKernels kRowsPortable = {quantize, arrange_mask, norm, rms_rotary};
 
 }  // namespace hif4
