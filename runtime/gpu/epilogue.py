@@ -54,8 +54,8 @@ class Epilogue:
     @property
     def fusible(self) -> bool:
         """Whether the kernels know such an epilogue; a backend may still have none for its dtypes."""
-        gated = self.gate is not None
-        return gated == (self.residual is not None) and (self.side is None or self.side.dtype == torch.bfloat16)
+        ends_with_residual = self.gate is None or self.residual is not None
+        return ends_with_residual and (self.side is None or self.side.dtype == torch.bfloat16)
 
     def rows(self, index: torch.Tensor) -> Epilogue:
         """Of the rows [r] of that index, each with a gate of its own."""

@@ -20,7 +20,9 @@ from hif4c.runtime.gpu.launcher import Kernel, Value, grid_of
 
 __all__ = ["Jit"]
 
-_LINEAR_TILES = ((128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 3), (128, 64, 4, 3))
+# Rows, columns, warps, stages: those that the compiler of artifacts ships.
+_INT8_TILES = ((128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 3), (128, 64, 4, 3))
+_BF16_TILES = ((128, 128, 8, 3), (128, 256, 8, 3))
 
 
 class Jit:
@@ -68,7 +70,8 @@ class Jit:
         taken.update({key: number for key, number in extra.items() if key in known and key not in taken})
         tiles: list[tuple[dict[str, int], int, int]]
         if name.startswith("linear"):
-            tiles = [({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in _LINEAR_TILES]
+            shapes = _INT8_TILES if name == "linear_int8" else _BF16_TILES
+            tiles = [({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in shapes]
         elif name.startswith("expand"):
             tiles = [({"BLOCK_R": 64, "BLOCK_U": 1}, 4, 1)]
         elif name == "quantize":
@@ -76,8 +79,9 @@ class Jit:
             tiles = [({"BLOCK_M": max(1, 64 // units), "BLOCK_U": units}, 4, 1)]
         else:
             return []
+        prefix = "packed_" if constants.get("PACKED") else ""
         return [
-            Kernel(name, f"{'x'.join(map(str, tile.values()))}_w{warps}_s{stages}", {**taken, **tile}, warps,
+            Kernel(name, f"{prefix}{'x'.join(map(str, tile.values()))}_w{warps}_s{stages}", {**taken, **tile}, warps,
                    num_stages=stages)
             for tile, warps, stages in tiles
         ]  # fmt: skip

@@ -163,9 +163,10 @@ def _unfit(argument: Argument, value: Value) -> str | None:
             return f"is not a number, but the binary takes {argument.type}"
         number = value
         if argument.type[0] in "iu":
-            bits, signed = int(argument.type[1:]), argument.type[0] == "i"
+            bits = int(argument.type[1:])
+            signed = argument.type[0] == "i" and bits > 1  # i1 is a truth value
             low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
-            if type(value) is not int or not (low <= value <= high or (bits == 1 and value == 1)):
+            if not isinstance(value, int) or not low <= value <= high:
                 return f"is {value}, which does not fit {argument.type}"
     if argument.divisibility > 1 and number % argument.divisibility:
         return f"is {number}, which is not a multiple of {argument.divisibility}"
@@ -190,13 +191,9 @@ def pack(kernel: Kernel, values: Mapping[str, Value], device: torch.device) -> t
             if value.device != device:
                 raise Hif4Error(f"{kernel.name}: {argument.name} is on {value.device}, the launch on {device}.")
             value = value.data_ptr()
-        struct.pack_into(format_, buffer, place * _SLOT, 0 if value is None else _signed(argument.type, value))
+        struct.pack_into(format_, buffer, place * _SLOT, 0 if value is None else value)
     start = ctypes.addressof(buffer)
     return buffer, [start + place * _SLOT for place in range(count)]
-
-
-def _signed(kind: str, value: float) -> float:
-    return int(bool(value)) if kind == "i1" else value
 
 
 def grid_of(kernel: Kernel, values: Mapping[str, Value]) -> tuple[int, int, int]:
@@ -220,8 +217,6 @@ def grid_of(kernel: Kernel, values: Mapping[str, Value]) -> tuple[int, int, int]
         grid = (blocks(number("R"), "BLOCK_R"), blocks(number("U"), "BLOCK_U"), 1)
     elif kernel.name in ("linear_int8", "linear_bf16"):
         grid = (blocks(number("M"), "BLOCK_M") * blocks(number("N"), "BLOCK_N"), 1, 1)
-    elif kernel.name == "norm_quantize":
-        grid = (blocks(number("M"), "BLOCK_M"), 1, 1)
     else:
         raise Hif4Error(f"{kernel.name}: this hif4c knows no such kernel; upgrade it or use kernels='portable'.")
     if any(not 0 < size <= limit for size, limit in zip(grid, _MAX_GRID, strict=True)):

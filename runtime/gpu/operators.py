@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -58,13 +58,11 @@ class Operators:
         codes_shape, scales_shape = hif4_format.packed_shapes(x.shape)
         codes = torch.empty(codes_shape, dtype=torch.uint8, device=device)
         scales = torch.empty(scales_shape, dtype=torch.uint8, device=device)
-        flat = aligned_rows(x.reshape(m, k))
-        factors = None if mask is None else aligned(mask.float())
-        kernels, values = self._quantizers(flat, factors, hadamard, codes, scales)
-        if not kernels and hadamard > 1:  # a width without a kernel: rotated here, in the same order
-            flat = block_hadamard(flat.float() if factors is None else flat * factors, hadamard)
-            factors, hadamard = None, 0
-            kernels, values = self._quantizers(flat, None, 0, codes, scales)
+        kernels: list[Kernel] = []
+        for flat, factors, width in _equal_inputs(x.reshape(m, k), mask, hadamard):
+            kernels, values = self._quantizers(flat, factors, width, codes, scales)
+            if kernels:
+                break
         if not kernels:
             self._say_once(f"quantize of {_name(x.dtype)} with {k} channels")
             return hif4_format.quantize(x, mask, hadamard)
@@ -75,7 +73,7 @@ class Operators:
 
         def disagrees(result: torch.Tensor) -> str | None:
             index = sample_rows(m, device)
-            expected = hif4_format.quantize(flat[index], factors, hadamard)
+            expected = hif4_format.quantize(flat[index], factors, width)
             found = (codes.view(m, -1)[index], scales.view(m, -1, hif4_format.SCALE_BYTES)[index])
             return (
                 None
@@ -84,7 +82,7 @@ class Operators:
             )
 
         choices = [Candidate(item.variant, functools.partial(run, item)) for item in kernels]
-        key = f"quantize {_name(flat.dtype)} K={k} hadamard={hadamard} mask={factors is not None} M<={bucket(m)}"
+        key = f"quantize {_name(flat.dtype)} K={k} hadamard={width} mask={factors is not None} M<={bucket(m)}"
         tuner = self._tuner(device)
         if tuner.known(key) is None and _captures(device):
             choices[0].run()
@@ -231,6 +229,27 @@ class Operators:
             self._said.add(what)
         if new:
             log.warning("%s: there is no GPU kernel for it, so it runs on the slow portable implementation", what)
+
+
+def _equal_inputs(
+    x: torch.Tensor, mask: torch.Tensor | None, hadamard: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, int]]:
+    """x [M, K], its mask fp32 and its rotation, then others that give the same planes and ask less of a kernel.
+
+    What torch does here it does in the order and with the roundings of `hif4c.runtime.format.quantize`.
+    """
+    factors, k = None if mask is None else aligned(mask.float()), x.shape[1]
+    yield aligned_rows(x), factors, hadamard
+    if x.dtype == torch.float16:
+        x = x.float()
+        yield aligned_rows(x), factors, hadamard
+    if hadamard > 1:
+        x = block_hadamard(x.float() if factors is None else x * factors, hadamard)
+        factors = None
+        yield x, None, 0
+    if tail := -k % hif4_format.UNIT:
+        x = torch.nn.functional.pad(x, (0, tail))
+        yield x, None if factors is None else torch.nn.functional.pad(factors, (0, tail)), 0
 
 
 def _one_device(*tensors: torch.Tensor | None) -> torch.device:

@@ -93,9 +93,8 @@ class Product:
                 values, constants = self._arguments(name, packed, fused, dtype)
                 kernels = self.backend.variants(name, self.out.device, values, constants)
                 for kernel in kernels:
-                    label = f"{name} {kernel.variant}{' packed' if packed else ''}"
                     run = functools.partial(self._run, kernel, fused, values)
-                    yield Candidate(label, run, "int8" if name == "linear_int8" else None)
+                    yield Candidate(f"{name} {kernel.variant}", run, "int8" if name == "linear_int8" else None)
                 if kernels:
                     break
         yield Candidate("library", self._run_library)
@@ -136,6 +135,10 @@ class Product:
             return torch.empty(0, dtype=dtype, device=device)
 
         gate = None if fused.gate is None else aligned_rows(fused.gate)
+        if (
+            gate is None and fused.residual is not None
+        ):  # the kernels add a residual to what is gated: 1 changes nothing
+            gate = torch.ones((1, n), device=device)
         values: dict[str, Value] = {
             "bias_ptr": torch.zeros(n, device=device) if fused.bias is None else aligned(fused.bias.float()),
             "gate_ptr": gate,
@@ -147,7 +150,7 @@ class Product:
             "N": n,
             "U": self.weight.units,
             "S": 0 if fused.side is None else fused.side.shape[1],
-            "gate_rows": fused.gate_rows,
+            "gate_rows": max(1, fused.gate_rows),
             "gate_stride": 0 if gate is None or gate.shape[0] == 1 else gate.stride(0),
         }
         constants = {"GELU": int(fused.activation is not None), "GATE": int(gate is not None)}
