@@ -18,6 +18,8 @@ Triton's interpreter (TRITON_INTERPRET=1) truncates fp32 to bf16 and cannot mult
 `_dot_bf16` stand in for both there.
 """
 
+# mypy: ignore-errors
+# (These functions are in Triton's language, whose types mypy does not know.)
 import triton
 import triton.language as tl
 
@@ -94,14 +96,27 @@ def _dot_bf16(a, b, acc):
 
 
 @triton.jit
-def _rotate(x, WIDTH: tl.constexpr, LOG2_WIDTH: tl.constexpr):
-    """Block Hadamard rotation of x fp32 [rows, columns], in the order of `hif4c.runtime.rotation.block_hadamard`."""
+def _rotate(x, WIDTH: tl.constexpr, LOG2_WIDTH: tl.constexpr, LOG2_RUN: tl.constexpr):
+    """Block Hadamard rotation of x fp32 [rows, columns], in the order of `hif4c.runtime.rotation.block_hadamard`.
+
+    2^LOG2_RUN neighbours are expected in one thread, as they were loaded. Pairs inside such a run meet in registers,
+    the others through one warp shuffle an element: other layouts cost five times the instructions.
+    """
     rows: tl.constexpr = x.shape[0]
     columns: tl.constexpr = x.shape[1]
-    for j in tl.static_range(LOG2_WIDTH):
+    inside: tl.constexpr = LOG2_WIDTH if LOG2_WIDTH < LOG2_RUN else LOG2_RUN
+    for j in tl.static_range(inside):
         pairs = tl.reshape(x, [rows, columns // (2 << j), 2, 1 << j])
         a, b = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
         x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2)), [rows, columns])
+    if LOG2_WIDTH > LOG2_RUN:
+        runs: tl.constexpr = columns >> LOG2_RUN
+        x = tl.reshape(x, [rows, runs, 1 << LOG2_RUN])
+        run = tl.arange(0, runs)[None, :, None]
+        for j in tl.static_range(LOG2_WIDTH - LOG2_RUN):
+            other = tl.gather(x, tl.broadcast_to(run ^ (1 << j), [rows, runs, 1 << LOG2_RUN]), 1)
+            x = tl.fma(x, tl.where((run & (1 << j)) == 0, 1.0, -1.0), other)  # the product is exact
+        x = tl.reshape(x, [rows, columns])
     return x * (WIDTH**-0.5)
 
 
@@ -189,7 +204,7 @@ def quantize(
     if HAS_MASK:
         x = x * tl.load(mask_ptr + channels, mask=channels < K, other=0.0)[None, :]
     if HADAMARD > 1:
-        x = _rotate(x, HADAMARD, LOG2_HADAMARD)
+        x = _rotate(x, HADAMARD, LOG2_HADAMARD, 2 if x_ptr.dtype.element_ty == tl.float32 else 3)
     _store_planes(x, row, unit, codes_ptr, scales_ptr, M, U, BLOCK_M, BLOCK_U)
 
 
