@@ -73,10 +73,11 @@ class Jit:
             shapes = _INT8_TILES if name == "linear_int8" else _BF16_TILES
             tiles = [({"BLOCK_M": m, "BLOCK_N": n}, warps, stages) for m, n, warps, stages in shapes]
         elif name.startswith("expand"):
-            tiles = [({"BLOCK_R": 64, "BLOCK_U": 1}, 4, 1)]
+            tiles = [({"BLOCK_R": 16, "BLOCK_U": 4}, 4, 1)]
         elif name == "quantize":
-            units = max(1, constants.get("HADAMARD", 1) // 64)
-            tiles = [({"BLOCK_M": max(1, 64 // units), "BLOCK_U": units}, 4, 1)]
+            # A rotation of up to 16 units has to lie in one block.
+            rows, units, warps = (16, 4, 4) if constants["HADAMARD"] <= 256 else (8, 16, 8)
+            tiles = [({"BLOCK_M": rows, "BLOCK_U": units}, warps, 1)]
         else:
             return []
         prefix = "packed_" if constants.get("PACKED") else ""

@@ -244,6 +244,8 @@ def _equal_inputs(
         x = x.float()
         yield aligned_rows(x), factors, hadamard
     if hadamard > 1:
+        if factors is None:
+            yield aligned_rows(x), torch.ones(k, device=x.device), hadamard
         x = block_hadamard(x.float() if factors is None else x * factors, hadamard)
         factors = None
         yield x, None, 0

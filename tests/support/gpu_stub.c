@@ -62,13 +62,14 @@ static char failing[64], architecture[64] = "gfx942:sramecc+:xnack-";
 static int failing_code, failing_after, arguments, major = 9, minor, blocks = 2, refused_shared = 232448;
 static char *images[256];
 static int image_count;
-static struct { int image; char name[128]; } functions[1024];
+static struct { int arguments; char name[128]; } functions[1024], known[256];
+static int known_count;
 static int function_count;
 static _Thread_local intptr_t current;
 
 void stub_reset(void) {
     used = 0, journal[0] = 0, failing[0] = 0, arguments = 0, major = 9, minor = 0, blocks = 2, image_count = 0;
-    function_count = 0, current = 0, refused_shared = 232448;
+    function_count = 0, known_count = 0, current = 0, refused_shared = 232448;
     strcpy(architecture, "gfx942:sramecc+:xnack-");
 }
 const char *stub_journal(void) { return journal; }
@@ -78,7 +79,12 @@ void stub_fail(const char *call, int code, int after) {
 }
 void stub_capability(int a, int b) { major = a, minor = b; }
 void stub_architecture(const char *name) { snprintf(architecture, sizeof architecture, "%s", name); }
+/* How many arguments a launch reads, of any function and of one of that name. */
 void stub_arguments(int count) { arguments = count; }
+void stub_arguments_of(const char *name, int count) {
+    known[known_count].arguments = count;
+    snprintf(known[known_count++].name, 128, "%s", name);
+}
 void stub_blocks(int count) { blocks = count; }
 
 static int note(const char *call, const char *format, ...) {
@@ -107,7 +113,9 @@ static int get_function(const char *call, intptr_t *function, intptr_t module, c
     int code = note(call, "module=%lx name=%s", (long)module, name);
     if (code) return code;
     if (!strstr(images[module - 0x1000] + 4, name)) return missing;
-    functions[function_count].image = (int)(module - 0x1000);
+    functions[function_count].arguments = -1;
+    for (int i = 0; i < known_count; i++)
+        if (!strcmp(known[i].name, name)) functions[function_count].arguments = known[i].arguments;
     snprintf(functions[function_count].name, 128, "%s", name);
     *function = 0x2000 + function_count++;
     return 0;
@@ -118,7 +126,8 @@ static int launch(const char *call, intptr_t f, unsigned gx, unsigned gy, unsign
     char text[4096];
     size_t n = 0;
     text[0] = 0;
-    for (int i = 0; i < arguments; i++) {
+    int count = functions[f - 0x2000].arguments;
+    for (int i = 0; i < (count < 0 ? arguments : count); i++) {
         uint64_t value;
         memcpy(&value, values[i], 8);
         n += snprintf(text + n, sizeof text - n, "%s%016llx", i ? "," : "", (unsigned long long)value);

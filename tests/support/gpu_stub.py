@@ -73,9 +73,12 @@ class Stub:
     def architecture(self, name: str) -> None:
         self._library.stub_architecture(name.encode())
 
-    def expect_arguments(self, count: int) -> None:
-        """How many argument addresses a launch reads."""
-        self._library.stub_arguments(count)
+    def expect_arguments(self, count: int, function: str | None = None) -> None:
+        """How many argument addresses a launch reads: of a function that is yet to be loaded, or of all others."""
+        if function is None:
+            self._library.stub_arguments(count)
+        else:
+            self._library.stub_arguments_of(function.encode(), count)
 
     def resident_blocks(self, count: int) -> None:
         self._library.stub_blocks(count)
