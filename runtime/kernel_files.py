@@ -44,6 +44,9 @@ SCHEMA = 1
 MAX_SIDECAR_BYTES = 16 << 20
 MAX_BINARY_BYTES = 256 << 20
 
+# Neither follow a link nor wait for the other end of a pipe.
+_CAUTIOUS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 _WORD = re.compile(r"[A-Za-z0-9_.+-]{1,100}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -218,7 +221,7 @@ def trusted_bytes(artifact: Artifact, kernel_set: KernelSet, kernel_file: Kernel
 def _read_checked(path: Path, size: int, digest: str) -> bytes:
     """Read a plain file once and compare what was read."""
     try:
-        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _CAUTIOUS)) as file:
             plain = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             data = file.read(size + 1) if plain else b""
     except OSError as error:

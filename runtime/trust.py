@@ -57,14 +57,13 @@ def read_trust() -> dict[str, TrustEntry]:
     path = trust_path()
     try:
         _check_owned(path.parent)
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK)
+        with open(path, "rb", opener=_open_cautiously) as file:
+            _check_status(path, os.fstat(file.fileno()), stat.S_ISREG)
+            data = file.read(MAX_TRUST_BYTES + 1)
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise Hif4Error(f"{path}: cannot be read ({error.strerror}); {_REPAIR}.") from None
-    with open(descriptor, "rb") as file:
-        _check_status(path, os.fstat(descriptor), stat.S_ISREG)
-        data = file.read(MAX_TRUST_BYTES + 1)
     try:
         if len(data) > MAX_TRUST_BYTES:
             raise ValueError(f"it is larger than {MAX_TRUST_BYTES} bytes")
@@ -170,6 +169,11 @@ def _decode(value: Any) -> dict[str, TrustEntry]:
             raise ValueError(f"the entry of {digest[:12]} does not have the fields {', '.join(sorted(_FIELDS))}")
         entries[digest] = TrustEntry(fields["target"], fields["file"], fields["from"], fields["when"])
     return entries
+
+
+def _open_cautiously(path: str, flags: int) -> int:
+    """Neither follow a link nor wait for the other end of a pipe."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
 
 
 def _check_owned(directory: Path) -> None:
