@@ -1,4 +1,4 @@
-"""hif4c bench: what a 4-bit linear costs on this machine, and what every recipe leaves of synthetic layers."""
+"""hif4c bench: what a part costs by itself on this machine, and what every recipe leaves of synthetic layers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ import sys
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path.pop(0)  # run as a script: this folder must not hide the standard library (inspect)
 
-import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,14 +21,16 @@ if TYPE_CHECKING:
     from hif4c.compiler.recipe import Recipe
     from hif4c.compiler.synthetic_ladder import LayerFigures
 
-__all__ = ["app", "layers", "linear"]
+__all__ = ["app", "layers", "linear", "model", "static", "step"]
 
-SHAPES = "1536x1536,1536x8960,5120x5120"
-ROWS = "1,8,256,2048"
+SHAPES = "1536x1536,1536x8960,5120x5120,5120x13824,13824x5120"
+ROWS = "1,4,8,256,2048"
+LATENT = "5x24x52"
 MODEL = "Wan2.2-T2V-A14B"
 WIDTH = 5120
 HELD_OUT = 1024
 """Two of the 32-call rounds in which attn2.out has a rare call."""
+KERNELS_HELP = "jit (built here), auto or portable."
 
 app = typer.Typer(
     add_completion=False,
@@ -38,47 +38,177 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Measure a part by itself: what it costs on this machine, or what it leaves of the numbers.",
 )
+Output = Annotated[Path | None, typer.Option("--output", "-o", dir_okay=False, help="Write the figures as JSON.")]
+Plot = Annotated[Path | None, typer.Option(dir_okay=False, help="Draw them into this PNG.")]
+Threads = Annotated[str | None, typer.Option(help="Threads; several with commas. Default: torch's.")]
 
 
 @app.command("linear")
 def linear(
     shapes: Annotated[str, typer.Option(help="KxN, separated by commas.")] = SHAPES,
     rows: Annotated[str, typer.Option(help="Rows M, separated by commas.")] = ROWS,
-    seconds: Annotated[float, typer.Option(help="About how long to measure each shape.")] = 2.0,
-    threads: Annotated[int | None, typer.Option(help="Threads. Default: torch's.")] = None,
-    kernels: Annotated[str, typer.Option(help="auto, jit (built here) or portable.")] = "jit",
+    formats: Annotated[
+        str | None,
+        typer.Option(help="fp32, bf16, int8, torchao-int8, torchao-int4, hif4, hif4-w4a16; by commas. Default: all."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="About how long to measure each shape.")] = 1.0,
+    repetitions: Annotated[int, typer.Option(min=1, help="Rounds of each shape, at least.")] = 5,
+    threads: Threads = None,
+    kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "jit",
+    output: Output = None,
+    plot: Plot = None,
 ) -> None:
-    """Time y = x W^T + b for bf16 x: torch in fp32 and bf16, and HiF4 (the quantization of x included).
+    """Time y = x W^T + b for bf16 x: torch in fp32, bf16 and dynamic int8, torchao, and HiF4 with 4- and 16-bit inputs.
 
-    The repetitions of all take turns, so that a busy machine slows each alike; medians and their ratios are shown.
+    The quantization of x is part of every figure. All take turns, so that a busy machine slows each alike. Weights stay
+    in the caches between rounds as far as they fit.
     """
     import torch
 
-    from hif4c.runtime.native import registry
+    from hif4c.compiler.bench_linear import FORMATS, check_formats, measure_linear
+    from hif4c.tools.bench_tables import linear_tables
 
-    registry.select(kernels)
-    if threads is not None:
-        if threads < 1:
-            raise typer.BadParameter("threads must be at least 1")
-        torch.set_num_threads(threads)
-    sizes = [_pair(item) for item in shapes.split(",")]
+    sizes = [_shape(item) for item in shapes.split(",")]
     counts = [_number(item) for item in rows.split(",")]
-    console.print(_machine(registry), highlight=False)
-    table = make_table(
-        "medians in ms; HiF4 includes the quantization of x",
-        ("K x N", "M", "fp32", "bf16", "HiF4", "of it quantize", "HiF4 GOP/s", "fp32 / HiF4", "bf16 / HiF4"),
+    teams = _threads(threads)
+    names = [item.strip() for item in formats.split(",")] if formats else list(FORMATS)
+    check_formats(names)
+    _check_outputs(output, plot)
+    machine = _select(kernels)
+    figures = []
+    with progress_bar("measuring", len(sizes) * len(counts) * len(teams)) as advance:
+        for team in teams:
+            torch.set_num_threads(team)
+            for k, n in sizes:
+                for m in counts:
+                    figures.append(measure_linear(m, k, n, names, seconds=seconds, repetitions=repetitions))
+                    advance(1)
+    console.print(_sentence(machine), highlight=False)
+    for table in linear_tables(figures):
+        console.print(table)
+    for name, reason in {name: reason for item in figures for name, reason in item.missing.items()}.items():
+        console.print(f"{name} was not measured: {reason}", highlight=False, markup=False)
+    _write(output, {"machine": machine, "linear": [item.to_dict() for item in figures]})
+    if plot is not None:
+        from hif4c.compiler.bench_plots import plot_linear
+        from hif4c.compiler.plots import save_figure
+
+        save_figure(plot_linear(figures, _sentence(machine)), plot)
+
+
+@app.command("step")
+def step(
+    width: Annotated[int, typer.Option(min=64, help="Of the residual stream, a multiple of 64 and of --heads.")] = 1536,
+    heads: Annotated[int, typer.Option(min=1, help="Of the attention.")] = 12,
+    ffn: Annotated[int, typer.Option(min=64, help="Inner width of the feed-forward layers.")] = 8960,
+    layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.")] = 4,
+    text: Annotated[int, typer.Option(min=1, max=4096, help="Text tokens.")] = 512,
+    text_dim: Annotated[int, typer.Option(min=1, help="Width of the text embeddings.")] = 4096,
+    latent: Annotated[
+        str, typer.Option(help="Latent FRAMESxHEIGHTxWIDTH, several with commas; 5x24x52 is 1,560 tokens.")
+    ] = LATENT,
+    repetitions: Annotated[int, typer.Option(min=1, help="Rounds.")] = 5,
+    torch_compile: Annotated[bool, typer.Option(help="Measure torch.compile too; compiling takes minutes.")] = True,
+    memory: Annotated[bool, typer.Option(help="Measure memory too, in fresh processes.")] = True,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: torch's.")] = None,
+    kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "jit",
+    output: Output = None,
+    plot: Plot = None,
+) -> None:
+    """Time one denoising step of a random Wan: diffusers in bf16, torch.compile of it, and compiled by hif4c.
+
+    The model is made and compiled in a temporary directory (recipe rotate). Steps take turns; memory is that of fresh
+    processes; the breakdown is of one profiled step each.
+    """
+    import torch
+
+    from hif4c.compiler.bench_inputs import Latent
+    from hif4c.compiler.bench_step import StepOptions, measure_steps
+    from hif4c.runtime.errors import Hif4Error
+    from hif4c.tools.bench_tables import step_tables
+
+    if width % heads or width % 64 or ffn % 64:
+        raise Hif4Error(f"width {width}, heads {heads}, ffn {ffn}: width is a multiple of heads and of 64, ffn of 64.")
+    latents = tuple(Latent.parse(item) for item in latent.split(","))
+    options = StepOptions(
+        width, heads, ffn, layers, text_dim, text, latents, repetitions, torch_compile, memory, kernels
     )
-    with progress_bar("measuring", len(sizes) * len(counts)) as advance:
-        for k, n in sizes:
-            for m in counts:
-                took = measure(m, k, n, seconds)
-                table.add_row(
-                    f"{k} x {n}", str(m), *(f"{1e3 * took[name]:.3f}" for name in ("fp32", "bf16", "hif4", "quantize")),
-                    f"{2e-9 * m * k * n / took['hif4']:.0f}",
-                    f"{took['fp32'] / took['hif4']:.2f}", f"{took['bf16'] / took['hif4']:.2f}",
-                )  # fmt: skip
-                advance(1)
-    console.print(table)
+    _check_outputs(output, plot)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    machine = _select(kernels)
+    with (
+        tempfile.TemporaryDirectory(prefix="hif4c-bench-") as directory,
+        progress_bar("measuring", repetitions * len(latents)) as advance,
+    ):
+
+        def show(event: str, value: Any) -> None:
+            if event == "advance":
+                advance(value)
+            else:
+                console.print(f"  {value}", highlight=False, markup=False)
+
+        result = measure_steps(options, Path(directory), show)
+    console.print(_sentence(machine), highlight=False)
+    for table in step_tables(result):
+        console.print(table)
+    _write(output, {"machine": machine, **result.to_dict()})
+    if plot is not None:
+        from hif4c.compiler.bench_plots import plot_step
+        from hif4c.compiler.plots import save_figure
+
+        save_figure(plot_step(result, _sentence(machine)), plot)
+
+
+@app.command("static")
+def static(
+    artifact: Annotated[
+        Path | None, typer.Argument(help="An artifact with GPU kernels. Without one they are built for this.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Only this target (cuda-sm80, ...). Repeatable. Default: all.")
+    ] = None,
+    output: Output = None,
+) -> None:
+    """Registers, spills, shared memory and the main loop of every GPU kernel, read from the binaries. Needs no GPU."""
+    from hif4c.compiler.bench_static import analyse_kernels, check_targets, find_kernels
+    from hif4c.tools.bench_tables import static_table
+
+    check_targets(target or [])
+    _check_outputs(output, None)
+    figures = []
+    with tempfile.TemporaryDirectory(prefix="hif4c-bench-") as directory:
+        with progress_bar("building", None) as advance:
+            folders = find_kernels(artifact, target or [], Path(directory), lambda text: advance(1))
+        for name, folder in folders.items():
+            with progress_bar(f"reading {name}", None) as advance:
+                found = analyse_kernels(name, folder, lambda text, advance=advance: advance(1))  # type: ignore[misc]
+            console.print(static_table(name, found))
+            figures += found
+    _write(output, {"static": [item.to_dict() for item in figures]})
+
+
+@app.command("model")
+def model(
+    name: Annotated[str, typer.Option("--model", help="Wan2.2-T2V-A14B, Wan2.2-I2V-A14B or Wan2.2-TI2V-5B.")] = MODEL,
+    tokens: Annotated[
+        str, typer.Option(help="Tokens of a video, separated by commas; 32760 is 832x480, 75600 1280x720, 81 frames.")
+    ] = "32760,75600",
+    output: Output = None,
+) -> None:
+    """A roofline on paper, not a measurement: a block on GPUs by what their multiprocessors could do at best."""
+    from hif4c.compiler.models import load_builtin
+    from hif4c.compiler.roofline import GPUS, model_block
+    from hif4c.tools.bench_tables import model_table
+
+    config = next(iter(load_builtin(name).experts.values()))
+    counts = [_number(item) for item in tokens.split(",")]
+    _check_outputs(output, None)
+    blocks = [model_block(gpu, config, count) for count in counts for gpu in GPUS]
+    for count in counts:
+        console.print(model_table(name, count, [item for item in blocks if item.tokens == count]))
+    console.print("A model from data sheets and instruction counts. Nothing here was measured on a GPU.")
+    _write(output, {"model": name, "measured": False, "blocks": [item.to_dict() for item in blocks]})
 
 
 @app.command("layers")
@@ -88,9 +218,7 @@ def layers(
         int, typer.Option(min=512, help=f"Calibration tokens of an input of {WIDTH} channels; wider ones have more.")
     ] = 2048,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED // 2**20, help="Of weights and inputs.")] = 0,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", dir_okay=False, help="Write the figures as JSON.")
-    ] = None,
+    output: Output = None,
 ) -> None:
     """Output SQNR of every built-in recipe on layers as wide as Wan2.2-A14B's, on tokens that were held out.
 
@@ -155,69 +283,55 @@ def _show_rounding(figures: Sequence[LayerFigures]) -> None:
         console.print(table)
 
 
-def measure(m: int, k: int, n: int, seconds: float) -> dict[str, float]:
-    """Median seconds of one linear [m, k] x [k, n], by name: fp32, bf16, hif4, and quantize (a part of hif4)."""
-    import torch
-
-    from hif4c.runtime.format import quantize
-
-    generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator)
-    bias = torch.randn(n, generator=generator)
-    planes = quantize(weight)
-    x16, weight16, bias16 = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
-    hif4, functional = torch.ops.hif4, torch.nn.functional
-    calls: dict[str, Callable[[], Any]] = {
-        "fp32": lambda: functional.linear(x, weight, bias),
-        "bf16": lambda: functional.linear(x16, weight16, bias16),
-        "hif4": lambda: hif4.linear(*hif4.quantize(x16), *planes, bias16),
-        "quantize": lambda: hif4.quantize(x16),
-    }
-    took: dict[str, list[float]] = {name: [] for name in calls}
-    with torch.inference_mode():
-        for call in calls.values():
-            call()
-        until = time.perf_counter() + seconds
-        while time.perf_counter() < until or len(took["hif4"]) < 3:
-            for name, call in calls.items():
-                started = time.perf_counter()
-                call()
-                took[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in took.items()}
-
-
-def _machine(registry: Any) -> str:
-    import torch
-
+def _select(kernels: str) -> dict[str, Any]:
+    """Choose the kernels of this process; the machine and what runs on it."""
+    from hif4c.compiler.bench_timing import describe_machine
+    from hif4c.runtime.native import registry
     from hif4c.runtime.native.bindings import INSTRUCTION_SETS
 
-    kernels = "portable"
-    if registry.is_enabled():
-        kernels = f"native, {INSTRUCTION_SETS[registry.enable().instruction_set]}"
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    registry.select(kernels)
+    native = registry.is_enabled()
+    return describe_machine(INSTRUCTION_SETS[registry.enable().instruction_set] if native else "plain torch")
+
+
+def _sentence(machine: dict[str, Any]) -> str:
+    load = "" if machine["load"] is None else f", load {machine['load']:.1f}"
     return (
-        f"{_processor()}, {os.cpu_count()} processors{load}; torch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads; kernels: {kernels}"
+        f"{machine['processor']}, {machine['processors']} processors{load}; torch {machine['torch']}; "
+        f"kernels: {machine['kernels']}"
     )
 
 
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+def _check_outputs(output: Path | None, plot: Path | None) -> None:
+    """So that a path that cannot be written is said before the long part."""
+    for path in (output, plot):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if plot is not None:
+        import matplotlib  # noqa: F401
 
 
-def _pair(text: str) -> tuple[int, int]:
+def _write(output: Path | None, values: dict[str, Any]) -> None:
+    from hif4c.tools.ladder import write_figures
+
+    if output is not None:
+        write_figures(values, output)
+
+
+def _threads(text: str | None) -> list[int]:
+    import torch
+
+    return [torch.get_num_threads()] if text is None else [_number(item) for item in text.split(",")]
+
+
+def _shape(text: str) -> tuple[int, int]:
     k, _, n = text.partition("x")
     return _number(k), _number(n)
 
 
 def _number(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 1:
-        raise typer.BadParameter(f"{text!r} is not a positive number; shapes look like 1536x1536, rows like 1,8,256")
+    if not (text.strip().isascii() and text.strip().isdigit()) or not 1 <= int(text) <= 1 << 24:
+        raise typer.BadParameter(f"{text!r} is not a positive number; shapes look like 1536x1536, lists like 1,8,256")
     return int(text)
 
 
