@@ -10,14 +10,21 @@ import torch
 from torch import fx
 
 from hif4c.passes.mark_boundaries import BLOCK_PATTERN
+from hif4c.passes.matching import QUANTIZERS, input_quantizer
 from hif4c.passes.program import Decision, Precision, Program, module_path, outlier_columns
 from hif4c.runtime.format import UNIT, packed_shapes
 
 __all__ = ["Stage", "verify"]
 
 hif4 = torch.ops.hif4
-# Positions of the weight's planes and of the side branch among the arguments.
+# Positions of the weight's planes and of the side branch among the arguments; gate and residual follow it.
 FUSED = {hif4.linear.default: ((2, 3), (7, 8)), hif4.linear_w4.default: ((1, 2), (8, 9))}
+ROW_OPERATORS = (
+    hif4.norm.default,
+    hif4.norm_quantize.default,
+    hif4.rms_rotary.default,
+    hif4.attention.default,
+)
 
 
 class Stage(IntEnum):
@@ -29,6 +36,7 @@ class Stage(IntEnum):
     QDQ = 3
     PACKED = 4
     LOWERED = 5
+    FUSED = 6
 
 
 def verify(program: Program, stage: Stage) -> None:
@@ -50,6 +58,8 @@ def verify(program: Program, stage: Stage) -> None:
         _check_packed(program)
     if stage >= Stage.LOWERED:
         _check_lowered(program)
+    if stage < Stage.FUSED:
+        _forbid(program, _is_fused_with_others, "is fused before the program is lowered")
 
 
 def _check_form(program: Program) -> None:
@@ -191,6 +201,34 @@ def _check_lowered(program: Program) -> None:
         "is 4-bit in a boundary region",
     )
     _check_fused(program)
+    _check_inputs(program)
+
+
+def _check_inputs(program: Program) -> None:
+    """What a fused linear reads is masked and rotated as its weight was when it was packed."""
+    for node in program.graph.nodes:
+        if node.target not in FUSED:
+            continue
+        reader, positions = node, (4, 5)
+        if node.target is hif4.linear.default:
+            reader = input_quantizer(node)
+            positions = QUANTIZERS[reader.target]
+        mask, width = (reader.args[at] if len(reader.args) > at else None for at in positions)
+        found = (None if mask is None else program.tensors[mask.name].name, width or 0)
+        planes, _ = FUSED[node.target]
+        path = str(program.tensors[node.args[planes[0]].name].source).removesuffix(".weight")
+        decision = program.decisions[path]
+        expected = (None if decision.mask_folded else decision.mask, decision.hadamard)
+        if found != expected:
+            raise ValueError(f"{path}: its input has (mask, rotation) {found}, its weight {expected}")
+
+
+def _is_fused_with_others(node: fx.Node) -> bool:
+    """Whether a node is one that only the passes behind the lowering make."""
+    if node.target in FUSED:
+        _, (_, side_weight) = FUSED[node.target]
+        return any(argument is not None for argument in node.args[side_weight + 1 :])
+    return node.target in ROW_OPERATORS
 
 
 def _check_fused(program: Program) -> None:
