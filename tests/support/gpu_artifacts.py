@@ -30,6 +30,11 @@ def make_artifact(root: Path, sets: dict[str, list[Entry]], trusted: bool = True
     """An opened artifact that has these kernels, by target, and nothing else."""
     for target, entries in sets.items():
         write_kernel_set(root / "kernels" / target, target, {"triton": "3.7.1"}, entries)
+    return open_and_trust(root, trusted)
+
+
+def open_and_trust(root: Path, trusted: bool = True) -> Artifact:
+    """A directory that holds kernels/TARGET, as an opened artifact."""
     files = {}
     for path in sorted(item for item in root.rglob("*") if item.is_file()):
         data = path.read_bytes()
