@@ -15,6 +15,7 @@ import torch
 from hif4c.runtime import format as hif4_format
 from hif4c.runtime import ops, reference
 from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.native.attention_bindings import NativeAttention, attention_operators
 from hif4c.runtime.native.row_bindings import RowKernels, row_operators
 from hif4c.runtime.native.status import BEST, INSTRUCTION_SETS, raise_status
 
@@ -77,7 +78,7 @@ class Library:
         ) -> tuple[torch.Tensor, torch.Tensor]:
             return self.quantize(x, mask, hadamard)
 
-        return {"linear": linear, "quantize": quantize, **row_operators(self)}
+        return {"linear": linear, "quantize": quantize, **row_operators(self), **attention_operators(self)}
 
     def quantize(
         self, x: torch.Tensor, mask: torch.Tensor | None = None, hadamard: int = 0, instruction_set: int = BEST
@@ -154,6 +155,7 @@ class Library:
             branch = (x[:rows, :5].bfloat16(), w[:, :5].t().bfloat16())
             found = self.linear(*planes, side=branch[0], side_weight=branch[1])
             same &= torch.equal(found, reference.linear(*planes, side=branch[0], side_weight=branch[1]))
+        same &= NativeAttention(self).agrees()
         if not same:
             raise Hif4Error(
                 f"{self.path}: computes something else than the portable implementation; "
