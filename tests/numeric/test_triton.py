@@ -26,7 +26,7 @@ EPSILON = 2.0**-24  # relative error of one fp32 rounding
 if not INTERPRETED:
 
     def test_in_the_interpreter() -> None:
-        command = [sys.executable, "-m", "pytest", "--noconftest", "--tb=short", "-q", str(Path(__file__))]
+        command = [sys.executable, "-m", "pytest", "--noconftest", "--tb=short", str(Path(__file__))]
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         result = subprocess.run(
             command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
