@@ -182,14 +182,15 @@ class Operators:
         """In the fastest of the ways there are, which the first call for a shape finds out."""
         device = product.out.device
         tuner, key = self._tuner(device), f"{product.description} M<={bucket(product.out.shape[0])}"
-        chosen, untimed, choices = tuner.known(key), _captures(device), []
-        for candidate in product.candidates():
-            if candidate.name == chosen or (chosen is None and untimed):
-                candidate.run()
-                return
-            choices.append(candidate)
-        # NaN first: what a variant leaves unwritten must not pass for the work of the one before it.
-        tuner.choose(key, choices, product.disagrees, lambda: product.out.fill_(torch.nan)).run()
+        chosen, untimed = tuner.known(key), _captures(device)
+        with torch.autocast(device.type, enabled=False):
+            for candidate in product.candidates(chosen):
+                if candidate.name == chosen or (chosen is None and untimed):
+                    candidate.run()
+                    return
+            # NaN first: what a variant leaves unwritten must not pass for the work of the one before it.
+            spoil = functools.partial(product.out.fill_, torch.nan)
+            tuner.choose(key, list(product.candidates()), product.disagrees, spoil).run()
 
     def _quantizers(
         self,

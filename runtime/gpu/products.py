@@ -83,12 +83,17 @@ class Product:
         what = "linear_w4" if self.planes is None else "linear"
         return f"{what} {str(self.out.dtype)[6:]} N={n} K={self.weight.channels} {'+'.join(parts) or 'plain'}"
 
-    def candidates(self) -> Iterator[Candidate]:
-        """Every way to compute it; each writes all of `out` and returns it."""
+    def candidates(self, chosen: str | None = None) -> Iterator[Candidate]:
+        """Every way to compute it; each writes all of `out` and returns it.
+
+        `chosen` is the name of one of them that is enough: kernels of another kind are not looked at.
+        """
         kinds = [("linear_bf16", 0), ("linear_bf16", 1)]
         if self.planes is not None:
             kinds.insert(0, ("linear_int8", 0))
         for name, packed in kinds:
+            if chosen is not None and chosen.split()[0] != name:
+                continue
             for fused, dtype in self._targets():
                 values, constants = self._arguments(name, packed, fused, dtype)
                 kernels = self.backend.variants(name, self.out.device, values, constants)

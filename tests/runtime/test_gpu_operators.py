@@ -1,12 +1,13 @@
 """The operators of a GPU without one: computed by Triton's interpreter, and launched into a recording driver."""
 
+import dataclasses
 import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hif4c.runtime.gpu.driver import CudaDriver, HipDriver
 from hif4c.runtime.gpu.epilogue import Epilogue, row_blocks
 from hif4c.runtime.gpu.launcher import Bundled, UnfitKernels
 from hif4c.runtime.gpu.operators import Operators
+from hif4c.runtime.gpu.tuning import Candidate, Tuner
 from hif4c.runtime.kernel_files import UntrustedKernels
 from tests.support.gpu_artifacts import Entry, make_artifact, shipped_kernels
 from tests.support.gpu_stub import Stub, build
@@ -167,6 +169,34 @@ def test_what_the_kernels_do_not_cover_goes_to_the_library(stub: Stub, tmp_path:
     recorded.operators.linear(*planes(8, 64), *planes(96, 64), dtype=torch.bfloat16)
     assert len(recorded.tuner.offered) == 6
     assert recorded.tuner.offered[-2:] == ["linear_bf16 128x128_w8_s3", "library"]
+
+
+@needs_triton
+def test_a_variant_that_does_not_load_is_dropped_and_the_choice_runs_alone(
+    stub: Stub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded = Recorded(stub, tmp_path, "cuda-sm80", (8, 0))
+
+    class Unchecked(Tuner):
+        """The stub computes nothing, so nothing can be compared."""
+
+        def choose(self, key: str, candidates: Sequence[Candidate], *rest: Any, **named: Any) -> Candidate:
+            same = [dataclasses.replace(item, family=None) for item in candidates if item.name != "library"]
+            return super().choose(key, same, lambda result: None)
+
+    tuner = Unchecked(["stub"], lambda run: 1.0 + len(timed.append(run) or timed), None)
+    timed: list[Any] = []
+    operators = Operators(recorded.operators.backend, lambda device: tuner)
+    stub.fail("cuModuleLoadData", 200, after=1)  # expand_int8 loads, the first linear does not
+    arguments = (*planes(64, 128), *planes(96, 128))
+    operators.linear(*arguments, dtype=torch.bfloat16)
+    assert "linear_int8 128x128_w8_s3 is not used" in caplog.text
+    assert "CUDA_ERROR_INVALID_IMAGE" in caplog.text
+    assert len(timed) == 4, "the others are timed"
+    assert tuner.known("linear bfloat16 N=96 K=128 plain M<=64") == "linear_int8 128x128_w8_s4"
+    before = len(stub.launches)
+    operators.linear(*arguments, dtype=torch.bfloat16)
+    assert len(stub.launches) == before + 3, "two expansions and one product"
 
 
 @needs_triton

@@ -59,7 +59,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static char journal[1 << 20];
 static size_t used;
 static char failing[64], architecture[64] = "gfx942:sramecc+:xnack-";
-static int failing_code, failing_after, arguments, major = 9, minor, blocks = 2, refused_shared = 232448;
+static int failing_code, failing_after, failing_times, arguments, major = 9, minor, blocks = 2, refused_shared = 232448;
 static char *images[256];
 static int image_count;
 static struct { int arguments; char name[128]; } functions[1024], known[256];
@@ -73,9 +73,9 @@ void stub_reset(void) {
     strcpy(architecture, "gfx942:sramecc+:xnack-");
 }
 const char *stub_journal(void) { return journal; }
-/* The call of that name fails with `code` after it has succeeded `after` times. */
-void stub_fail(const char *call, int code, int after) {
-    snprintf(failing, sizeof failing, "%s", call), failing_code = code, failing_after = after;
+/* The call of that name fails with `code`, `times` in a row, after it has succeeded `after` times. */
+void stub_fail(const char *call, int code, int after, int times) {
+    snprintf(failing, sizeof failing, "%s", call), failing_code = code, failing_after = after, failing_times = times;
 }
 void stub_capability(int a, int b) { major = a, minor = b; }
 void stub_architecture(const char *name) { snprintf(architecture, sizeof architecture, "%s", name); }
@@ -95,7 +95,7 @@ static int note(const char *call, const char *format, ...) {
     used += vsnprintf(journal + used, sizeof journal - used, format, list);
     used += snprintf(journal + used, sizeof journal - used, "\n");
     va_end(list);
-    int code = strcmp(call, failing) == 0 && failing_after-- <= 0 ? failing_code : 0;
+    int code = strcmp(call, failing) == 0 && failing_after-- <= 0 && failing_times-- > 0 ? failing_code : 0;
     pthread_mutex_unlock(&lock);
     return code;
 }

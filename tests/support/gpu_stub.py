@@ -63,9 +63,9 @@ class Stub:
     def reset(self) -> None:
         self._library.stub_reset()
 
-    def fail(self, call: str, code: int, after: int = 0) -> None:
-        """Let a call fail with a code once it has succeeded `after` times."""
-        self._library.stub_fail(call.encode(), code, after)
+    def fail(self, call: str, code: int, after: int = 0, times: int = 1) -> None:
+        """Let a call fail with a code, some times in a row, once it has succeeded `after` times."""
+        self._library.stub_fail(call.encode(), code, after, times)
 
     def capability(self, major: int, minor: int) -> None:
         self._library.stub_capability(major, minor)
