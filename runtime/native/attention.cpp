@@ -8,6 +8,10 @@
 
 #include "library.h"
 
+#if HIF4_ATTENTION_AVX512
+#include <cpuid.h>
+#endif
+
 namespace {
 
 using namespace hif4;
@@ -16,10 +20,19 @@ constexpr int64_t kTilesOfTask = 8;       // of queries, for which a block of ke
 constexpr int64_t kPackedBytes = 8 << 20;  // keys and values packed at a time: of some heads, of one (4 S D bytes) at least
 constexpr int64_t kOneThread = 1 << 21;   // multiplications that are not worth waking a thread for
 
+#if HIF4_ATTENTION_AVX512
+bool has_amx_bf16() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+}
+#endif
+
+// The kernels of a set; null for one that has none or that this processor cannot run. The best are none where there is
+// AMX: it multiplies bf16 many times as fast as these, and torch uses it.
 const AttentionKernels* kernels_of(int set) {
 #if HIF4_ATTENTION_AVX512
-  static const bool bf16 = __builtin_cpu_supports("avx512bf16");
-  if (bf16 && usable_set(set) >= 2) return &kAttentionAvx512;
+  static const bool bf16 = __builtin_cpu_supports("avx512bf16"), amx = has_amx_bf16();
+  if (bf16 && usable_set(set) >= 2 && (set >= 0 || !amx)) return &kAttentionAvx512;
 #endif
   return nullptr;
 }

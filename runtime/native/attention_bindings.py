@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hif4c.runtime import rows
-from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.native.status import BEST, raise_status
 
 if TYPE_CHECKING:
     from hif4c.runtime.native.bindings import Library
@@ -34,8 +34,11 @@ def attention_operators(library: Library) -> dict[str, Callable[..., torch.Tenso
 class NativeAttention:
     """The attention of a library: flash attention in bf16 with vdpbf16ps, for AVX-512 with BF16."""
 
-    def __init__(self, library: Library, instruction_set: int = -1) -> None:
-        """Take the kernels of an instruction set, -1 for the best; `available` tells whether it has any."""
+    def __init__(self, library: Library, instruction_set: int = BEST) -> None:
+        """Take the kernels of an instruction set (-1: the best there is, torch's own where the processor has AMX).
+
+        `available` tells whether there are any.
+        """
         functions = library.functions
         functions.hif4_has_attention.argtypes = (_I,)
         functions.hif4_attention.argtypes = (_P, _P, _P, _P, _P, _P, _P, _L, _L, _L, _L, _L, _I, _P, _I)
@@ -72,10 +75,7 @@ class NativeAttention:
             *(_Strides(*x.stride()[:3]) for x in (q, k, v)),
             batch, heads, queries, k.shape[2], d, torch.get_num_threads(), self._parallel, self._set,
         )  # fmt: skip
-        if status == 1:
-            raise MemoryError("hif4: no memory for the scratch of attention")
-        if status:
-            raise Hif4Error(f"this processor has no kernel of attention (status {status}); use kernels='portable'.")
+        raise_status(status, self._set)
         return out.transpose(1, 2)
 
     def agrees(self) -> bool:

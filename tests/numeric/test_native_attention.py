@@ -20,6 +20,7 @@ try:
 except Hif4Error as error:
     pytest.skip(f"native kernels cannot be built: {error}", allow_module_level=True)
 
+AVX512 = 2  # its number; asked for by it, the kernels also run where the best for attention is AMX
 HALF_UNIT = 2.0**-8  # of bf16, relative
 SHAPES = [  # B, H, T, S, D
     (1, 1, 1, 1, 32),
@@ -40,7 +41,7 @@ def library() -> Library:
 
 @pytest.fixture
 def native(library: Library) -> NativeAttention:
-    found = NativeAttention(library)
+    found = NativeAttention(library, AVX512)
     if not found.available:
         pytest.skip("this processor has no AVX-512 with BF16")
     return found
@@ -212,7 +213,7 @@ def test_error_of_the_powers(native: NativeAttention, library: Library):
     y = torch.empty_like(x)
     function = library.functions.hif4_attention_exp2
     function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
-    assert function(x.data_ptr(), x.numel(), y.data_ptr(), -1) == 0
+    assert function(x.data_ptr(), x.numel(), y.data_ptr(), AVX512) == 0
     assert y[-4:-1].tolist() == [1, 0, 0]
     assert y[-1].isnan()
     relative = (y[:-4].double() / x[:-4].double().exp2() - 1).abs()
@@ -245,7 +246,7 @@ def test_other_instruction_sets_leave_it_to_torch(library: Library):
         assert not native.available
         assert torch.equal(native.attention(q, k, v), rows.attention(q, k, v))
         native.available = True  # and the library itself refuses
-        with pytest.raises(Hif4Error, match="no kernel of attention"):
+        with pytest.raises(Hif4Error, match="no kernels for"):
             native.attention(q, k, v)
 
 
@@ -270,7 +271,9 @@ def test_a_library_that_computes_something_else_is_noticed(native: NativeAttenti
     assert not native.agrees()
 
 
-def test_the_operator_runs_it(native: NativeAttention):
+def test_the_operator_runs_it(library: Library, native: NativeAttention):
+    if not NativeAttention(library).available:
+        pytest.skip("this processor has AMX, which torch uses")
     q, k, v = make(1, 2, 50, 300, 64)
     expected = native.attention(q, k, v)
     assert not torch.equal(expected, rows.attention(q, k, v))  # roundings differ somewhere
