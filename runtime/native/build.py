@@ -26,7 +26,7 @@ __all__ = ["ABI", "FLAGS", "cache_directory", "compiler_version", "find_compiler
 
 log = logging.getLogger(__name__)
 
-ABI = 1
+ABI = 2
 """Of the library's C interface: raised whenever an exported function changes, so that an artifact's older library is
 not called with arguments that it does not have."""
 

@@ -15,7 +15,7 @@
 namespace hif4 {
 
 enum Status { kDone = 0, kNoMemory = 1, kNoSuchSet = 2 };
-enum Dtype { kFloat32 = 0, kBfloat16 = 1 };
+enum Dtype { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 // The number of the set to run, -1 asking for the best; -1 for one that this processor cannot run.
 int usable_set(int set);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "format.h"
+#include "library.h"
 
 namespace hif4 {
 
@@ -14,38 +15,56 @@ constexpr int kRows = 8;        // input rows multiplied together: a group
 constexpr int kTile = 16;       // weight rows (output columns) decoded together
 constexpr int kCols = 48;       // output columns multiplied together
 constexpr int kShift = 28;      // added to the weight's integers
+constexpr int kTables = 4;      // floats for each scale of an expanded column: room for what a set derives from it
 
-// A packed weight: codes [n, units * 32], scales [n, units, 4].
-struct Weight {
+// A packed input or weight: codes [n, units * 32], scales [n, units, 4].
+struct Packed {
   const uint8_t* codes;
   const uint8_t* scales;
   int64_t n;
   int64_t units;
 };
 
-// kRows input rows, expanded; rows that are not there are zeros.
+// Units of kRows input rows, expanded.
 struct Group {
   int8_t* values;    // [units][kQuads][kRows][4]
   float* scales;     // [units][kRows], E6M2 / 4
   int32_t* offsets;  // [units][kRows], -28 * sum of the unit's integers
 };
 
+// out [m, n] = residual + gate * gelu(y + bias), what is null or false left out; gate and residual as in bindings.py.
+struct Epilogue {
+  const float* bias;  // [n]
+  bool gelu;
+  const float* gate;  // row r of it, [n], is for rows [r * gate_rows, (r + 1) * gate_rows) of the output
+  int64_t gate_rows;
+  const void* residual;  // [m, n]
+  Dtype residual_dtype;
+  void* out;
+  Dtype dtype;
+  int64_t n;
+};
+
 // Which 4 channels a quad holds is between expand_row and the functions that read weights of the same set.
 struct LinearKernels {
-  // One row into slot `row` of a group.
-  void (*expand_row)(const uint8_t* codes, const uint8_t* scales, int64_t units, const Group& group, int row);
+  // Input rows [row, row + kRows), units [first, first + count), into a group that starts there. Rows past n are zeros.
+  void (*expand_rows)(const Packed& input, int64_t row, int64_t first, int64_t count, const Group& group);
   // Weight rows [column, column + kTile), units [first, first + count), into values [count][kCols / kTile][kQuads]
-  // [kTile][4] and scales [count][kCols]; the pointers are at the tile's place. Rows past n repeat the last one.
-  void (*expand_tile)(const Weight& weight, int64_t column, int64_t first, int64_t count, uint8_t* values,
+  // [kTile][4] and scales [count][kCols / kTile][kTables * kTile]; the pointers are at the tile's place. Rows past n
+  // repeat the last one. Returns a bit for each row with a scale that is NaN among these.
+  uint32_t (*expand_tile)(const Packed& weight, int64_t column, int64_t first, int64_t count, uint8_t* values,
                       float* scales);
-  // acc [kRows][kCols] += the units [first, first + count) of the group times the expanded columns, unit by unit.
-  void (*multiply)(const Group& group, int rows, int64_t first, int64_t count, const uint8_t* values,
+  // acc [kRows][kCols] += `count` units of the group times the expanded columns, unit by unit. What it makes of a row or
+  // column with a scale that is NaN is overwritten.
+  void (*multiply)(const Group& group, int rows, int64_t count, const uint8_t* values,
                    const float* scales, float* acc);
   // acc [kRows][kTile] = the whole product for one tile straight from the packed weight; null where there is none.
-  void (*few_rows)(const Group& group, int rows, const Weight& weight, int64_t column, float* acc);
+  void (*few_rows)(const Group& group, int rows, const Packed& weight, int64_t column, float* acc);
   // acc [rows][tiles][kTile] += side [rows][width] times weight [tiles][width][kTile], one j of width after the other;
   // product and sum are rounded each by itself, so that products beyond fp32's range too are those of other sets.
   void (*add_side)(const float* side, int64_t width, int64_t rows, const float* weight, int tiles, float* acc);
+  // Columns [column, column + count) of one output row from their sums, which it changes.
+  void (*finish)(const Epilogue& epilogue, int64_t row, int64_t column, int64_t count, float* sums);
 };
 
 extern const LinearKernels kLinearPortable;

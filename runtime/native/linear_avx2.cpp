@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "linear_epilogue.h"
 #include "linear_generic.h"
 
 #define HIF4_TARGET __attribute__((target("avx2,fma")))
@@ -9,24 +10,24 @@
 namespace hif4 {
 namespace {
 
-HIF4_TARGET void expand_row(const uint8_t* codes, const uint8_t* scales, int64_t units, const Group& group, int row) {
-  expand_row_generic(codes, scales, units, group, row);
+HIF4_TARGET void expand_rows(const Packed& rows, int64_t row, int64_t first, int64_t count, const Group& group) {
+  expand_rows_generic(rows, row, first, count, group);
 }
 
-HIF4_TARGET void expand_tile(const Weight& weight, int64_t column, int64_t first, int64_t count, uint8_t* values,
-                             float* scales) {
-  expand_tile_generic(weight, column, first, count, values, scales);
+HIF4_TARGET uint32_t expand_tile(const Packed& weight, int64_t column, int64_t first, int64_t count, uint8_t* values,
+                                 float* scales) {
+  return expand_tile_generic(weight, column, first, count, values, scales);
 }
 
 // ROWS rows from `row` on, by 16 columns. A byte product is at most 56 * 28, two of them 3136, so eight additions in
 // int16 cannot overflow; only then are neighbours added into int32.
 template <int ROWS>
-HIF4_TARGET void multiply_rows(const Group& group, int row, int64_t first, int64_t count, const uint8_t* values,
+HIF4_TARGET void multiply_rows(const Group& group, int row, int64_t count, const uint8_t* values,
                                const float* scales, float* acc) {
   const __m256i ones = _mm256_set1_epi16(1);
   for (int64_t u = 0; u < count; u++) {
-    const int64_t at = (first + u) * kRows + row;
-    const int8_t* a = group.values + (first + u) * kUnit * kRows + row * 4;
+    const int64_t at = u * kRows + row;
+    const int8_t* a = group.values + u * kUnit * kRows + row * 4;
     for (int tile = 0; tile < kCols / kTile; tile++) {
       const uint8_t* w = values + (u * kCols + tile * kTile) * kUnit;
       __m256i dot[ROWS][2];
@@ -51,7 +52,7 @@ HIF4_TARGET void multiply_rows(const Group& group, int row, int64_t first, int64
       }
       for (int i = 0; i < ROWS; i++)
         for (int c = 0; c < 2; c++) {
-          const float* w_scale = scales + u * kCols + tile * kTile + 8 * c;
+          const float* w_scale = scales + (u * kCols + tile * kTile) * kTables + 8 * c;
           float* out = acc + (row + i) * kCols + tile * kTile + 8 * c;
           const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(group.scales[at + i]), _mm256_loadu_ps(w_scale));
           // The product is exact, so the fused addition rounds as a separate one.
@@ -61,11 +62,11 @@ HIF4_TARGET void multiply_rows(const Group& group, int row, int64_t first, int64
   }
 }
 
-HIF4_TARGET void multiply(const Group& group, int rows, int64_t first, int64_t count, const uint8_t* values,
+HIF4_TARGET void multiply(const Group& group, int rows, int64_t count, const uint8_t* values,
                           const float* scales, float* acc) {
   int row = 0;
-  for (; row + 4 <= rows; row += 4) multiply_rows<4>(group, row, first, count, values, scales, acc);
-  for (; row < rows; row++) multiply_rows<1>(group, row, first, count, values, scales, acc);
+  for (; row + 4 <= rows; row += 4) multiply_rows<4>(group, row, count, values, scales, acc);
+  for (; row < rows; row++) multiply_rows<1>(group, row, count, values, scales, acc);
 }
 
 template <int ROWS>
@@ -94,9 +95,13 @@ HIF4_TARGET void add_side(const float* side, int64_t width, int64_t rows, const 
   for (; row < rows; row++) add_side_rows<1>(side + row * width, width, weight, tiles, acc + row * tiles * kTile);
 }
 
+HIF4_TARGET void finish(const Epilogue& epilogue, int64_t row, int64_t column, int64_t count, float* sums) {
+  finish_row(epilogue, row, column, count, sums);
+}
+
 }  // namespace
 
-const LinearKernels kLinearAvx2 = {expand_row, expand_tile, multiply, nullptr, add_side};
+const LinearKernels kLinearAvx2 = {expand_rows, expand_tile, multiply, nullptr, add_side, finish};
 
 }  // namespace hif4
 #endif

@@ -79,7 +79,7 @@ struct Rows {
   const uint8_t* scales[kTile];
 };
 
-HIF4_INLINE Rows rows_from(const Weight& weight, int64_t column) {
+HIF4_INLINE Rows rows_from(const Packed& weight, int64_t column) {
   Rows rows;
   for (int c = 0; c < kTile; c++) {
     const int64_t row = column + c < weight.n ? column + c : weight.n - 1;
@@ -109,20 +109,20 @@ HIF4_TARGET HIF4_INLINE void load_codes(const Rows& rows, int64_t unit, __m512i 
   }
 }
 
-// The scale dwords of units [first, first + count), count <= 16, as meta [16 units][16 columns].
-HIF4_TARGET HIF4_INLINE void load_scales(const Rows& rows, int64_t first, int64_t count, int32_t (&meta)[16][16]) {
-  const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
-  for (int group = 0; group < 4; group++) {
-    __m512i z[4];
-    for (int k = 0; k < 4; k++) z[k] = _mm512_maskz_loadu_epi32(there, rows.scales[4 * group + k] + first * kScaleBytes);
-    transpose4(z);  // lane L of z[k]: unit 4L + k of four columns
-    for (int k = 0; k < 4; k++) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(meta[k] + 4 * group), _mm512_castsi512_si128(z[k]));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(meta[4 + k] + 4 * group), _mm512_extracti32x4_epi32(z[k], 1));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(meta[8 + k] + 4 * group), _mm512_extracti32x4_epi32(z[k], 2));
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(meta[12 + k] + 4 * group), _mm512_extracti32x4_epi32(z[k], 3));
-    }
+// The scale dwords of units [first, first + count), count <= 4, each for 16 columns.
+HIF4_TARGET HIF4_INLINE void load_scales(const Rows& rows, int64_t first, int64_t count, __m512i (&out)[4]) {
+  const __mmask8 there = static_cast<__mmask8>(count < 4 ? (1 << count) - 1 : 15);
+  const int64_t at = first * kScaleBytes;
+  for (int k = 0; k < 4; k++) {
+    const __m128i a = _mm_maskz_loadu_epi32(there, rows.scales[k] + at);
+    const __m128i b = _mm_maskz_loadu_epi32(there, rows.scales[4 + k] + at);
+    const __m128i c = _mm_maskz_loadu_epi32(there, rows.scales[8 + k] + at);
+    const __m128i d = _mm_maskz_loadu_epi32(there, rows.scales[12 + k] + at);
+    const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
+    const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(c), d, 1);
+    out[k] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
   }
+  transpose4(out);  // lane L of out[k]: unit k of rows 4L .. 4L + 3
 }
 
 HIF4_TARGET HIF4_INLINE __m512 scales_of(__m512i meta) {  // E6M2 / 4, as unit_scale
@@ -132,13 +132,24 @@ HIF4_TARGET HIF4_INLINE __m512 scales_of(__m512i meta) {  // E6M2 / 4, as unit_s
   return _mm512_castsi512_ps(_mm512_mask_set1_epi32(bits, nan, 0x7FC00000));
 }
 
-HIF4_TARGET void expand_tile(const Weight& weight, int64_t column, int64_t first, int64_t count, uint8_t* values,
-                             float* scales) {
+// For one column vector, what added to the bits of a row's E6M2 / 4 gives the bits of the product of both scales: for
+// each of the four significands that the row's can have, the product with that one, less the row's bits at exponent 0.
+// The exponent of the product cannot leave fp32's, from 2^-100 to 2^28. Not for NaN.
+HIF4_TARGET HIF4_INLINE void column_tables(__m512 scale, float* out) {
+  for (int m = 0; m < kTables; m++) {
+    const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_set1_ps(1.0f + 0.25f * m)));
+    _mm512_storeu_si512(out + m * kTile, _mm512_sub_epi32(bits, _mm512_set1_epi32((127 << 23) + (m << 21))));
+  }
+}
+
+HIF4_TARGET uint32_t expand_tile(const Packed& weight, int64_t column, int64_t first, int64_t count, uint8_t* values,
+                                 float* scales) {
   const Rows rows = rows_from(weight, column);
-  int32_t metas[16][16];
+  __m512i metas[4];
+  __mmask16 nan = 0;
   for (int64_t u = 0; u < count; u++) {
-    if (u % 16 == 0) load_scales(rows, first + u, count - u < 16 ? count - u : 16, metas);
-    const __m512i meta = _mm512_loadu_si512(metas[u % 16]);
+    if (u % 4 == 0) load_scales(rows, first + u, count - u, metas);
+    const __m512i meta = metas[u % 4];
     __m512i codes[8];
     load_codes(rows, first + u, codes);
     uint8_t* out = values + u * kUnit * kCols;
@@ -149,8 +160,11 @@ HIF4_TARGET void expand_tile(const Weight& weight, int64_t column, int64_t first
       _mm512_storeu_si512(out + 128 * i, low);
       _mm512_storeu_si512(out + 128 * i + 64, high);
     }
-    _mm512_storeu_ps(scales + u * kCols, scales_of(meta));
+    const __m512 scale = scales_of(meta);
+    nan |= _mm512_cmp_ps_mask(scale, scale, _CMP_UNORD_Q);
+    column_tables(scale, scales + u * kTables * kCols);
   }
+  return nan;
 }
 
 struct InputTables {
@@ -169,93 +183,63 @@ struct InputTables {
 };
 constexpr InputTables kInput;
 
-HIF4_TARGET void expand_row(const uint8_t* codes, const uint8_t* scales, int64_t units, const Group& group, int row) {
+// The quads of one unit.
+HIF4_TARGET HIF4_INLINE __m512i decode_row(const uint8_t* codes, const uint8_t* scales) {
   const __m512i magnitudes =
       _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 0, -1, -2, -3, -4, -5, -6, -7));
-  for (int64_t u = 0; u < units; u++, codes += kUnitBytes, scales += kScaleBytes) {
-    const __m512i bytes =
-        _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-    __m512i n = _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 4)), _mm512_set1_epi8(0x0F));
-    n = _mm512_shuffle_epi8(magnitudes, _mm512_shuffle_epi8(n, _mm512_loadu_si512(kInput.order)));
-    int32_t packed;
-    memcpy(&packed, scales, 4);
-    const __m512i meta = _mm512_set1_epi32(packed);
-    const __m512i at8 = _mm512_shuffle_epi8(meta, _mm512_loadu_si512(kInput.byte8));
-    const __m512i at16 = _mm512_shuffle_epi8(meta, _mm512_loadu_si512(kInput.byte16));
-    n = _mm512_mask_add_epi8(n, _mm512_test_epi8_mask(at8, _mm512_loadu_si512(kInput.bit8)), n, n);
-    n = _mm512_mask_add_epi8(n, _mm512_test_epi8_mask(at16, _mm512_loadu_si512(kInput.bit16)), n, n);
-    const __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(kShift), n);
-    group.offsets[u * kRows + row] = -_mm512_reduce_add_epi32(sum);
-    group.scales[u * kRows + row] = unit_scale(scales[0]);
-    int32_t quads[kQuads];
-    _mm512_storeu_si512(quads, n);
-    int8_t* out = group.values + u * kUnit * kRows + row * 4;
-    for (int q = 0; q < kQuads; q++) memcpy(out + q * kRows * 4, quads + q, 4);
-  }
+  const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  __m512i n = _mm512_and_si512(_mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 4)), _mm512_set1_epi8(0x0F));
+  n = _mm512_shuffle_epi8(magnitudes, _mm512_shuffle_epi8(n, _mm512_loadu_si512(kInput.order)));
+  int32_t packed;
+  memcpy(&packed, scales, 4);
+  const __m512i meta = _mm512_set1_epi32(packed);
+  const __m512i at8 = _mm512_shuffle_epi8(meta, _mm512_loadu_si512(kInput.byte8));
+  const __m512i at16 = _mm512_shuffle_epi8(meta, _mm512_loadu_si512(kInput.byte16));
+  n = _mm512_mask_add_epi8(n, _mm512_test_epi8_mask(at8, _mm512_loadu_si512(kInput.bit8)), n, n);
+  return _mm512_mask_add_epi8(n, _mm512_test_epi8_mask(at16, _mm512_loadu_si512(kInput.bit16)), n, n);
 }
 
-// All 8 rows of a group by 48 columns: 24 int32 accumulators in registers, the fp32 ones in memory (cache). Named
-// variables, not arrays: compilers keep an array that a loop goes through in memory, at half the speed.
-#define HIF4_EACH_ROW(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7)
-#define HIF4_START(i)                                            \
-  __m512i dot##i##a = _mm512_set1_epi32(group.offsets[at + i]);  \
-  __m512i dot##i##b = dot##i##a, dot##i##c = dot##i##a;
-#define HIF4_STEP(i)                                   \
-  memcpy(&quad, a + (q * kRows + i) * 4, 4);           \
-  x = _mm512_set1_epi32(quad);                         \
-  dot##i##a = _mm512_dpbusd_epi32(dot##i##a, w0, x);   \
-  dot##i##b = _mm512_dpbusd_epi32(dot##i##b, w1, x);   \
-  dot##i##c = _mm512_dpbusd_epi32(dot##i##c, w2, x);
-#define HIF4_FINISH(i)                                             \
-  scale = _mm512_set1_ps(group.scales[at + i]);                    \
-  add_scaled(acc + i * kCols, dot##i##a, scale, w_scale);          \
-  add_scaled(acc + i * kCols + 16, dot##i##b, scale, w_scale + 16); \
-  add_scaled(acc + i * kCols + 32, dot##i##c, scale, w_scale + 32);
-
-// Both products are exact (6 and 22 bits), so the fused addition rounds as a separate one.
-HIF4_TARGET HIF4_INLINE void add_scaled(float* acc, __m512i dot, __m512 scale, const float* w_scale) {
-  const __m512 term = _mm512_mul_ps(scale, _mm512_loadu_ps(w_scale));
-  _mm512_storeu_ps(acc, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), term, _mm512_loadu_ps(acc)));
-}
-
-HIF4_TARGET void multiply(const Group& group, int, int64_t first, int64_t count, const uint8_t* values,
-                          const float* scales, float* acc) {
-  static_assert(kRows == 8 && kCols == 48, "the macros are written for these");
+HIF4_TARGET void expand_rows(const Packed& rows, int64_t row, int64_t first, int64_t count, const Group& group) {
+  const int there = static_cast<int>(rows.n - row < kRows ? rows.n - row : kRows);
+  const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+  const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   for (int64_t u = 0; u < count; u++) {
-    const int64_t at = (first + u) * kRows;
-    const int8_t* a = group.values + at * kUnit;
-    const uint8_t* w = values + u * kCols * kUnit;
-    const float* w_scale = scales + u * kCols;
-    int32_t quad;
-    __m512i x;
-    __m512 scale;
-    HIF4_EACH_ROW(HIF4_START)
-#pragma GCC unroll 16  // in a loop left rolled, GCC keeps copies of the sums in memory
-    for (int q = 0; q < kQuads; q++) {
-      const __m512i w0 = _mm512_loadu_si512(w + q * 64);
-      const __m512i w1 = _mm512_loadu_si512(w + q * 64 + 1024);
-      const __m512i w2 = _mm512_loadu_si512(w + q * 64 + 2048);
-      HIF4_EACH_ROW(HIF4_STEP)
+    __m512i z[2][4];
+    for (int i = 0; i < kRows; i++) {
+      const int64_t at = (row + i) * rows.units + first + u;
+      z[i / 4][i % 4] = i < there ? decode_row(rows.codes + at * kUnitBytes, rows.scales + at * kScaleBytes)
+                                  : _mm512_setzero_si512();
+      group.scales[u * kRows + i] = i < there ? unit_scale(rows.scales[at * kScaleBytes]) : 1.0f;
     }
-    HIF4_EACH_ROW(HIF4_FINISH)
+    transpose4(z[0]);  // lane L of z[0][k]: quad 4L + k of rows 0-3
+    transpose4(z[1]);  // the same of rows 4-7
+    __m512i sum = _mm512_setzero_si512();
+    int8_t* out = group.values + u * kUnit * kRows;
+    for (int k = 0; k < 4; k++)
+      for (int pair = 0; pair < 2; pair++) {  // quads 8 * pair + k and 8 * pair + 4 + k
+        const __m512i quads = _mm512_permutex2var_epi64(z[0][k], pair ? high : low, z[1][k]);
+        sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(kShift), quads);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (8 * pair + k) * kRows * 4),
+                            _mm512_castsi512_si256(quads));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (8 * pair + 4 + k) * kRows * 4),
+                            _mm512_extracti64x4_epi64(quads, 1));
+      }
+    const __m256i total = _mm256_add_epi32(_mm512_castsi512_si256(sum), _mm512_extracti64x4_epi64(sum, 1));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(group.offsets + u * kRows),
+                        _mm256_sub_epi32(_mm256_setzero_si256(), total));
   }
 }
-
-#undef HIF4_EACH_ROW
-#undef HIF4_START
-#undef HIF4_STEP
-#undef HIF4_FINISH
 
 // Few rows read each weight once, so it is decoded into registers and multiplied there.
 template <int ROWS>
-HIF4_TARGET void multiply_packed(const Group& group, const Weight& weight, int64_t column, float* acc) {
+HIF4_TARGET void multiply_packed(const Group& group, const Packed& weight, int64_t column, float* acc) {
   const Rows rows = rows_from(weight, column);
-  int32_t metas[16][16];
+  __m512i metas[4];
   __m512 total[ROWS];
   for (int i = 0; i < ROWS; i++) total[i] = _mm512_setzero_ps();
   for (int64_t u = 0; u < weight.units; u++) {
-    if (u % 16 == 0) load_scales(rows, u, weight.units - u < 16 ? weight.units - u : 16, metas);
-    const __m512i meta = _mm512_loadu_si512(metas[u % 16]);
+    if (u % 4 == 0) load_scales(rows, u, weight.units - u, metas);
+    const __m512i meta = metas[u % 4];
     __m512i codes[8], dot[ROWS];
     load_codes(rows, u, codes);
     for (int i = 0; i < ROWS; i++) dot[i] = _mm512_set1_epi32(group.offsets[u * kRows + i]);
@@ -282,7 +266,7 @@ HIF4_TARGET void multiply_packed(const Group& group, const Weight& weight, int64
   for (int i = 0; i < ROWS; i++) _mm512_storeu_ps(acc + i * kTile, total[i]);
 }
 
-HIF4_TARGET void few_rows(const Group& group, int rows, const Weight& weight, int64_t column, float* acc) {
+HIF4_TARGET void few_rows(const Group& group, int rows, const Packed& weight, int64_t column, float* acc) {
   if (rows == 1) return multiply_packed<1>(group, weight, column, acc);
   if (rows == 2) return multiply_packed<2>(group, weight, column, acc);
   if (rows <= 4) return multiply_packed<4>(group, weight, column, acc);

@@ -28,23 +28,28 @@ HIF4_INLINE uint32_t decode_run(const PairTable& table, const uint8_t* codes, co
   return table.pair[e][codes[2 * j]] | static_cast<uint32_t>(table.pair[e][codes[2 * j + 1]]) << 16;
 }
 
-HIF4_INLINE void expand_row_generic(const uint8_t* codes, const uint8_t* scales, int64_t units, const Group& group,
-                                    int row) {
-  for (int64_t u = 0; u < units; u++, codes += kUnitBytes, scales += kScaleBytes) {
-    int8_t* out = group.values + u * kUnit * kRows + row * 4;
-    int32_t sum = 0;
-    for (int j = 0; j < kQuads; j++) {
-      const uint32_t quad = decode_run(kInputPairs, codes, scales, j);
-      memcpy(out + j * kRows * 4, &quad, 4);
-      for (int i = 0; i < 4; i++) sum += static_cast<int8_t>(quad >> (8 * i));
+HIF4_INLINE void expand_rows_generic(const Packed& rows, int64_t row, int64_t first, int64_t count,
+                                     const Group& group) {
+  for (int i = 0; i < kRows; i++)
+    for (int64_t u = 0; u < count; u++) {
+      const int64_t at = (row + i) * rows.units + first + u;
+      const bool there = row + i < rows.n;
+      int8_t* out = group.values + u * kUnit * kRows + i * 4;
+      int32_t sum = 0;
+      for (int j = 0; j < kQuads; j++) {
+        const uint32_t quad =
+            there ? decode_run(kInputPairs, rows.codes + at * kUnitBytes, rows.scales + at * kScaleBytes, j) : 0;
+        memcpy(out + j * kRows * 4, &quad, 4);
+        for (int b = 0; b < 4; b++) sum += static_cast<int8_t>(quad >> (8 * b));
+      }
+      group.scales[u * kRows + i] = there ? unit_scale(rows.scales[at * kScaleBytes]) : 1.0f;
+      group.offsets[u * kRows + i] = -kShift * sum;
     }
-    group.scales[u * kRows + row] = unit_scale(scales[0]);
-    group.offsets[u * kRows + row] = -kShift * sum;
-  }
 }
 
-HIF4_INLINE void expand_tile_generic(const Weight& weight, int64_t column, int64_t first, int64_t count,
-                                     uint8_t* values, float* scales) {
+HIF4_INLINE uint32_t expand_tile_generic(const Packed& weight, int64_t column, int64_t first, int64_t count,
+                                         uint8_t* values, float* scales) {
+  uint32_t nan = 0;
   for (int c = 0; c < kTile; c++) {
     const int64_t row = column + c < weight.n ? column + c : weight.n - 1;
     const uint8_t* w = weight.codes + (row * weight.units + first) * kUnitBytes;
@@ -55,9 +60,11 @@ HIF4_INLINE void expand_tile_generic(const Weight& weight, int64_t column, int64
         const uint32_t quad = decode_run(kWeightPairs, w, s, j);
         memcpy(out + j * kTile * 4, &quad, 4);
       }
-      scales[u * kCols + c] = unit_scale(s[0]);
+      scales[u * kTables * kCols + c] = unit_scale(s[0]);
+      nan |= static_cast<uint32_t>(s[0] == 0xFF) << c;
     }
   }
+  return nan;
 }
 
 }  // namespace hif4

@@ -1,29 +1,31 @@
 // The kernels in plain C++, for any processor.
+#include "linear_epilogue.h"
 #include "linear_generic.h"
 
 namespace hif4 {
 namespace {
 
-void expand_row(const uint8_t* codes, const uint8_t* scales, int64_t units, const Group& group, int row) {
-  expand_row_generic(codes, scales, units, group, row);
+void expand_rows(const Packed& rows, int64_t row, int64_t first, int64_t count, const Group& group) {
+  expand_rows_generic(rows, row, first, count, group);
 }
 
-void expand_tile(const Weight& weight, int64_t column, int64_t first, int64_t count, uint8_t* values, float* scales) {
-  expand_tile_generic(weight, column, first, count, values, scales);
+uint32_t expand_tile(const Packed& weight, int64_t column, int64_t first, int64_t count, uint8_t* values,
+                     float* scales) {
+  return expand_tile_generic(weight, column, first, count, values, scales);
 }
 
-void multiply(const Group& group, int rows, int64_t first, int64_t count, const uint8_t* values, const float* scales,
+void multiply(const Group& group, int rows, int64_t count, const uint8_t* values, const float* scales,
               float* acc) {
   for (int64_t u = 0; u < count; u++)
     for (int tile = 0; tile < kCols / kTile; tile++) {
       const uint8_t* w = values + (u * kCols + tile * kTile) * kUnit;
-      const float* w_scale = scales + u * kCols + tile * kTile;
+      const float* w_scale = scales + (u * kCols + tile * kTile) * kTables;
       for (int row = 0; row < rows; row++) {
-        const int64_t at = (first + u) * kRows + row;
+        const int64_t at = u * kRows + row;
         int32_t dot[kTile];
         for (int c = 0; c < kTile; c++) dot[c] = group.offsets[at];
         for (int q = 0; q < kQuads; q++) {
-          const int8_t* a = group.values + ((first + u) * kQuads + q) * kRows * 4 + row * 4;
+          const int8_t* a = group.values + (u * kQuads + q) * kRows * 4 + row * 4;
           const uint8_t* b = w + q * kTile * 4;
           for (int c = 0; c < kTile; c++)
             dot[c] += a[0] * b[4 * c] + a[1] * b[4 * c + 1] + a[2] * b[4 * c + 2] + a[3] * b[4 * c + 3];
@@ -44,8 +46,12 @@ void add_side(const float* side, int64_t width, int64_t rows, const float* weigh
     }
 }
 
+void finish(const Epilogue& epilogue, int64_t row, int64_t column, int64_t count, float* sums) {
+  finish_row(epilogue, row, column, count, sums);
+}
+
 }  // namespace
 
-const LinearKernels kLinearPortable = {expand_row, expand_tile, multiply, nullptr, add_side};
+const LinearKernels kLinearPortable = {expand_rows, expand_tile, multiply, nullptr, add_side, finish};
 
 }  // namespace hif4
