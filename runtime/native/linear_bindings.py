@@ -54,8 +54,8 @@ class LinearKernel:
         """As `hif4c.runtime.reference.linear`.
 
         Equal bit for bit (NaN's payload apart) without GELU. GELU is x * sigmoid(2u) of the same fp32 x, with u =
-        sqrt(2 / pi) * (x + 0.044715 x^3): within 4.4 * 2^-24 * |x| of its exact value, and the same on every instruction
-        set. torch's own, x / 2 * (1 + tanh(u)), is about as near.
+        sqrt(2 / pi) * (x + 0.044715 x^3): within 4.4 * 2^-24 * |x| of its exact value, and the same on every
+        instruction set. torch's own, x / 2 * (1 + tanh(u)), is about as near.
         """
         reference.check_linear(
             codes, scales, w_codes, w_scales, bias, activation, dtype, side, side_weight, gate, residual
@@ -97,7 +97,8 @@ class LinearKernel:
             arguments: tuple[Any, ...] = (planes[0][:rows], planes[1][:rows], *weight, w[:, 7])
             branch = (x[:rows, :5].bfloat16(), w[:, :5].t().bfloat16())
             ends = (x[:rows, :50] + 1, x[:rows, 50:100].half())
-            for rest in ((None, torch.float32, *branch), (None, torch.bfloat16, *branch, *ends)):
+            ways: list[tuple[Any, ...]] = [(None, torch.float32, *branch), (None, torch.bfloat16, *branch, *ends)]
+            for rest in ways:
                 if not torch.equal(self.linear(*arguments, *rest), reference.linear(*arguments, *rest)):
                     return False
             found, expected = (f(*arguments, "gelu_tanh", torch.float32) for f in (self.linear, reference.linear))

@@ -148,9 +148,9 @@ def test_shapes_that_take_several_blocks(library: Library, m: int, k: int, n: in
 def test_gelu_is_exact_to_a_few_roundings(library: Library, forced: int):
     """GELU is x / (1 + e), e = exp(-2u), and one rounding is eps = 2^-24, relative.
 
-    The exponent has six roundings, its constants' among them: 6 eps |2u| in e, which has about 4 eps more. An error of e
-    reaches the result, relative to x, by the factor e / (1 + e)^2: at most 1 / 4, and times |2u| at most 0.224. Sum and
-    quotient round once each. In all (6 * 0.224 + 4 / 4 + 2) eps |x|.
+    The exponent has six roundings, its constants' among them: 6 eps |2u| in e, which has about 4 eps more. An error of
+    e reaches the result, relative to x, by the factor e / (1 + e)^2: at most 1 / 4, and times |2u| at most 0.224. Sum
+    and quotient round once each. In all (6 * 0.224 + 4 / 4 + 2) eps |x|.
     """
     bias = torch.cat([torch.linspace(-14, 14, 4001), 2.0 ** torch.linspace(-140, 66, 500)])
     planes = (*portable.quantize(torch.zeros(2, 64)), *portable.quantize(torch.zeros(bias.shape[0], 64)))
