@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -158,7 +159,7 @@ def build_gpu_kernels(target: str, directory: Path, progress: Callable[[str], No
     Args:
         target: one of `TARGETS`.
         directory: kernels/TARGET of an artifact in the making.
-        progress: called with the name of each binary when it is made, from several threads.
+        progress: called with the name of each binary when it is made, from several threads but never at once.
 
     Raises:
         Hif4Error: Triton is missing or of a version that was never tried, or it cannot compile a kernel.
@@ -189,15 +190,19 @@ def compile_jobs(
     if target not in TARGETS:
         raise Hif4Error(f"target {target!r}: kernels are built for {', '.join(TARGETS)} only.")
     _triton_version()
+    lock = threading.Lock()
+
+    def report(text: str) -> None:
+        with lock:
+            progress(text)
+
     count = workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
     count = max(1, min(count, len(jobs)))
     with tempfile.TemporaryDirectory(prefix="hif4c-kernels-") as scratch:
         shares = [jobs[index::count] for index in range(count)]
         folders = [Path(scratch) / str(index) for index in range(count)]
         with ThreadPoolExecutor(count) as pool:
-            results = list(
-                pool.map(lambda share, folder: _work_apart(target, share, folder, progress), shares, folders)
-            )
+            results = list(pool.map(lambda share, folder: _work_apart(target, share, folder, report), shares, folders))
     made: dict[str, tuple[bytes, dict[str, Any]]] = {}
     for share, result in zip(shares, results, strict=True):
         made.update(zip((job.file for job in share), result, strict=True))

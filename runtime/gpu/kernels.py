@@ -458,14 +458,17 @@ def linear_int8(
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, 64)
-    a_ptr = values_ptr + tl.minimum(rows, M - 1)[:, None].to(tl.int64) * (U * 64) + channel[None, :]
-    b_ptr = weight_ptr + tl.minimum(columns, N - 1)[None, :].to(tl.int64) * (U * 64) + channel[:, None]
+    # 64 bits to the tile and 32 bits inside it take fewer instructions a turn than 64 bits for each row.
+    a_ptr = values_ptr + row.to(tl.int64) * (U * 64)
+    b_ptr = weight_ptr + column.to(tl.int64) * (U * 64)
+    a_offsets = (tl.minimum(rows, M - 1) - row)[:, None] * (U * 64) + channel[None, :]
+    b_offsets = (tl.minimum(columns, N - 1) - column)[None, :] * (U * 64) + channel[:, None]
     sa_ptr = value_scales_ptr + rows
     sb_ptr = weight_scales_ptr + columns
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for _ in range(U):
-        a = tl.load(a_ptr)
-        b = tl.load(b_ptr)
+        a = tl.load(a_ptr + a_offsets)
+        b = tl.load(b_ptr + b_offsets)
         sa = tl.load(sa_ptr)
         sb = tl.load(sb_ptr)
         if MAGIC:
@@ -562,25 +565,29 @@ def linear_bf16(
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
     channel = tl.arange(0, 64)
-    a_ptr = values_ptr + tl.minimum(rows, M - 1)[:, None].to(tl.int64) * (U * 64) + channel[None, :]
-    weight_row = tl.minimum(columns, N - 1)
+    weight_row = tl.minimum(columns, N - 1) - column
+    a_ptr = values_ptr + row.to(tl.int64) * (U * 64)
+    a_offsets = (tl.minimum(rows, M - 1) - row)[:, None] * (U * 64) + channel[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if PACKED:
-        b_ptr = weight_ptr + weight_row[:, None].to(tl.int64) * (U * 8) + tl.arange(0, 8)[None, :]
-        sb_ptr = weight_scales_ptr + weight_row.to(tl.int64) * U
+        b_ptr = weight_ptr + column.to(tl.int64) * (U * 8)
+        b_offsets = weight_row[:, None] * (U * 8) + tl.arange(0, 8)[None, :]
+        sb_ptr = weight_scales_ptr + column.to(tl.int64) * U
+        sb_offsets = weight_row * U
         # 128 as bf16, twice. S is never negative, but the compiler does not know: it keeps the constant in a register,
         # which makes one instruction of `& ... | magic`.
         magic = 0x43004300 | (S >> 31)
         for _ in range(U):
-            b = _decode_bf16(tl.load(b_ptr), tl.load(sb_ptr), magic)
-            acc = _dot_bf16(tl.load(a_ptr), tl.trans(b), acc)
+            b = _decode_bf16(tl.load(b_ptr + b_offsets), tl.load(sb_ptr + sb_offsets), magic)
+            acc = _dot_bf16(tl.load(a_ptr + a_offsets), tl.trans(b), acc)
             a_ptr += 64
             b_ptr += 8
             sb_ptr += 1
     else:
-        b_ptr = weight_ptr + weight_row[None, :].to(tl.int64) * (U * 64) + channel[:, None]
+        b_ptr = weight_ptr + column.to(tl.int64) * (U * 64)
+        b_offsets = weight_row[None, :] * (U * 64) + channel[:, None]
         for _ in range(U):
-            acc = _dot_bf16(tl.load(a_ptr), tl.load(b_ptr), acc)
+            acc = _dot_bf16(tl.load(a_ptr + a_offsets), tl.load(b_ptr + b_offsets), acc)
             a_ptr += 64
             b_ptr += 64
     _finish(
