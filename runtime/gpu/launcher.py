@@ -348,7 +348,10 @@ class Bundled:
             self._driver.allow_shared(device.index, function, kernel.shared)
             blocks = self._driver.resident_blocks(device.index, function, kernel.threads, kernel.shared)
         except Hif4Error as error:
-            raise Hif4Error(f"{kernel.file} on {device}: {error}") from None
+            raise Hif4Error(
+                f"{kernel.file} on {device}: {str(error).rstrip('.')}; update the GPU's driver, compile the artifact "
+                "again, or use kernels='portable'."
+            ) from None
         if blocks < 1:
             raise Hif4Error(
                 f"{kernel.file} on {device}: a block of {kernel.threads} threads with {kernel.shared} bytes of shared "

@@ -121,13 +121,13 @@ def add_linears() -> None:
 
 @case("linear, in blocks of rows")
 def linear_in_blocks() -> str | None:
-    """Activations that are expanded in parts, with gates for samples, for tokens and for all."""
+    """Activations that are expanded in parts."""
     d = data()
     planes = (*hif4_format.quantize(d["x"]), *hif4_format.quantize(d["weight"]))
     before = operators_module._ROW_ELEMENTS
     operators_module._ROW_ELEMENTS = 24 * 256  # 24 rows of 256 channels
     try:
-        for name in ("gated", "gated by token", "one gate for all", "side"):
+        for name in ("gated", "side"):
             found = operators("linear_int8 64x128").linear(*planes, **epilogues()[name])
             if wrong := compare_linear(found, name, planes, exact=True):
                 return f"{name}: {wrong}"
