@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 DTYPE = torch.bfloat16
 
 Events = Callable[[str, Any], None]
-"""Called with (event, value): "step" sentence, "note" sentence, "pass" PassRecord; "total", "bytes" of a long step."""
+"""Called with (event, value): "step" sentence, "note" sentence, "pass" PassRecord; "total", "bytes" (or pieces) of a long step."""
 
 
 class ExpertBuilder:

@@ -40,7 +40,9 @@ def resolve_targets(chosen: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_targets(targets: Sequence[str]) -> None:
-    """Raise Hif4Error before any work is done when kernels for a GPU are asked for and Triton is missing."""
+    """Raise Hif4Error before any work is done: for an unknown target, or one for a GPU where Triton is missing."""
+    if unknown := sorted(set(targets) - set(TARGETS)):
+        raise Hif4Error(f"target {unknown[0]!r} is not known; choose from {', '.join(TARGETS)}.")
     gpu = [target for target in targets if target != "cpu"]
     if gpu and importlib.util.find_spec("triton") is None:
         raise Hif4Error(
@@ -58,7 +60,7 @@ def build_kernels(targets: Sequence[str], directory: Path, events: Events) -> No
     Args:
         targets: of `TARGETS`.
         directory: kernels/ of an artifact in the making.
-        events: progress: ("step", sentence) and ("note", sentence).
+        events: progress, see `hif4c.compiler.experts.Events`.
 
     Raises:
         Hif4Error: kernels for a GPU cannot be built.
@@ -68,10 +70,11 @@ def build_kernels(targets: Sequence[str], directory: Path, events: Events) -> No
             _build_cpu(directory, events)
         else:
             # Triton is needed only by those who ask for these.
-            from hif4c.compiler.gpu_kernels import build_gpu_kernels
+            from hif4c.compiler.gpu_kernels import build_gpu_kernels, list_jobs
 
             events("step", f"building kernels for {target}")
-            build_gpu_kernels(target, directory / target, lambda text: events("note", text))
+            events("total", len(list_jobs(target)))
+            build_gpu_kernels(target, directory / target, lambda name: events("bytes", 1))
 
 
 def _build_cpu(directory: Path, events: Events) -> None:

@@ -54,7 +54,7 @@ def trusted_hashes() -> frozenset[str]:
 
 def read_trust() -> dict[str, TrustEntry]:
     """sha256 -> entry; errors as `trusted_hashes`."""
-    path = trust_path()
+    path = _usable_path()
     try:
         _check_owned(path.parent)
         with open(path, "rb", opener=_open_cautiously) as file:
@@ -99,11 +99,17 @@ def revoke_trust(hashes: Iterable[str]) -> int:
     return removed
 
 
+def _usable_path() -> Path:
+    if os.name != "posix":
+        raise Hif4Error("who may write to a file is only known on Linux and macOS, so no kernels are trusted here.")
+    return trust_path()
+
+
 _REPAIR = "delete it and trust again with `hif4c trust OUT`"
 
 
 def _update(change: Callable[[dict[str, TrustEntry]], None]) -> None:
-    path = trust_path()
+    path = _usable_path()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_owned(path.parent)
@@ -122,7 +128,7 @@ def _update(change: Callable[[dict[str, TrustEntry]], None]) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Alone among processes and threads; the lock ends with the descriptor, however the process ends."""
-    import fcntl  # not on Windows, where nothing is trusted and the portable kernels run
+    import fcntl  # not on Windows
 
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:

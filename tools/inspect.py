@@ -56,6 +56,7 @@ def inspect(
         counts = count_targets(opened.graph(expert))
         lines = [f"{count:6d}  {target}" for target, count in counts.most_common()]
         console.print(f"operators of {expert}:\n" + "\n".join(lines), highlight=False)
+        console.print(_kernels(opened), highlight=False, markup=False)
         for name in opened.experts:
             if calibration := opened.manifest["experts"][name].get("calibration"):
                 console.print(_calibration(name, calibration), highlight=False)
@@ -67,6 +68,17 @@ def inspect(
     if not lines:
         raise Hif4Error(f"{expert} has no block {block}.")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _kernels(artifact: Artifact) -> str:
+    """The targets that an artifact has kernels for; whether they may run here is for `hif4c trust` to say."""
+    from hif4c.runtime.kernel_files import kernel_targets
+
+    found = []
+    for target in kernel_targets(artifact):
+        size = sum(size for name, (size, _) in artifact.files.items() if name.startswith(f"kernels/{target}/"))
+        found.append(f"{target} ({size / 1e6:.2f} MB)")
+    return f"kernels: {', '.join(found) or 'none, the portable ones run'}"
 
 
 def _calibration(expert: str, calibration: Mapping[str, Any]) -> str:

@@ -58,7 +58,7 @@ def trust(
         console.print("all of them are trusted already", highlight=False)
         return
     if not yes:
-        if not sys.stdin.isatty():
+        if not is_interactive():
             raise Hif4Error(
                 f"{artifact}: there is no terminal to ask on; look at the table, and give --yes to trust its kernels."
             )
@@ -67,6 +67,11 @@ def trust(
             raise typer.Exit(1)
     record_trust(entries)
     console.print(f"trusted ({trust_path()})", highlight=False, markup=False)
+
+
+def is_interactive() -> bool:
+    """Whether someone is there to answer."""
+    return sys.stdin.isatty()
 
 
 def _table(artifact: Artifact) -> Table:

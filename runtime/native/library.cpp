@@ -1,6 +1,11 @@
 // Which instruction sets this processor has.
 #include "library.h"
 
+// What a function needs beyond the first processor of the architecture is on the function, and asked for before a call.
+#if defined(__x86_64__) && defined(__SSE3__)
+#error "build without -m options: the library must run on every x86-64 processor"
+#endif
+
 namespace hif4 {
 namespace {
 

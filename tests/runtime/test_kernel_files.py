@@ -33,7 +33,8 @@ KERNELS = [
 
 
 @pytest.fixture(autouse=True)
-def trusts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def trusts_nothing(artifacts: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifacts()  # first, as a compilation records what it built
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
 

@@ -1,4 +1,4 @@
-"""`kernels=` where people meet it: load, load_pipeline, verify, and `hif4c bench linear`."""
+"""`kernels=` where people meet it: load, load_pipeline, and verify."""
 
 import logging
 import os
@@ -28,8 +28,9 @@ PROPERTIES = {"abi": build.ABI, "instruction_sets": ["portable"]}
 
 
 @pytest.fixture(autouse=True)
-def choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def choice(artifacts: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process that has not chosen kernels yet and trusts nothing; what it had is put back."""
+    artifacts()  # first, as a compilation records what it built
     before = registry._registry.active
     registry.disable()
     monkeypatch.setattr(registry, "_registry", registry._Registry())
@@ -355,19 +356,3 @@ def test_an_unknown_word_is_refused(artifacts: Callable[..., Path]):
 def test_a_device_that_is_not_there_is_one_sentence(artifacts: Callable[..., Path]):
     with pytest.raises(Hif4Error, match="device 'tape' cannot be used here"):
         load(artifacts(), device="tape")
-
-
-@needs_compiler
-def test_bench_prints_machine_and_ratios():
-    arguments = ["bench", "linear", "--shapes", "128x64,64x32", "--rows", "1,9", "--seconds", "0.02", "--threads", "1"]
-    threads = torch.get_num_threads()
-    try:
-        result = CliRunner().invoke(app, arguments)
-    finally:
-        torch.set_num_threads(threads)
-    assert result.exit_code == 0, (result.output, result.exception)
-    assert "kernels: native" in result.stdout
-    assert "bf16 / HiF4" in result.stdout
-    assert sum(line.split()[:3] == ["128", "x", "64"] for line in result.stdout.splitlines()) == 2
-    bad = CliRunner().invoke(app, ["bench", "linear", "--rows", "zero"])
-    assert bad.exit_code == 2

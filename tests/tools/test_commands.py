@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from hif4c.runtime.artifact import open_artifact
 from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.kernel_files import kernel_targets
 from hif4c.tools.cli import app
 
 PROMPT = "a red triangle moving left on a black background"
@@ -107,6 +108,7 @@ def test_verify_names_a_damaged_file(wan_tiny_artifact: Path, tmp_path: Path) ->
 
 def test_inspect_summarizes_and_prints_programs(wan_tiny_artifact: Path) -> None:
     summary = output("inspect", wan_tiny_artifact)
+    assert f"kernels: {', '.join(kernel_targets(open_artifact(wan_tiny_artifact))) or 'none'}" in summary
     assert "4.50" in summary
     assert "hif4.linear" in summary
     assert summary.count("60 nearest") == 2
