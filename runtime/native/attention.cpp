@@ -21,6 +21,11 @@ constexpr int64_t kPackedBytes = 8 << 20;  // keys and values packed at a time: 
 constexpr int64_t kOneThread = 1 << 21;   // multiplications that are not worth waking a thread for
 
 #if HIF4_ATTENTION_AVX512
+bool has_avx512_bf16() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16");
+}
+
 bool has_amx_bf16() {
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
@@ -31,7 +36,7 @@ bool has_amx_bf16() {
 // AMX: it multiplies bf16 many times as fast as these, and torch uses it.
 const AttentionKernels* kernels_of(int set) {
 #if HIF4_ATTENTION_AVX512
-  static const bool bf16 = __builtin_cpu_supports("avx512bf16"), amx = has_amx_bf16();
+  static const bool bf16 = has_avx512_bf16(), amx = has_amx_bf16();
   if (bf16 && usable_set(set) >= 2 && (set >= 0 || !amx)) return &kAttentionAvx512;
 #endif
   return nullptr;
