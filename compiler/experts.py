@@ -42,7 +42,9 @@ log = logging.getLogger(__name__)
 DTYPE = torch.bfloat16
 
 Events = Callable[[str, Any], None]
-"""Called with (event, value): "step" sentence, "note" sentence, "pass" PassRecord; "total", "bytes" (or pieces) of a long step."""
+"""Called with (event, value): "step" sentence, "note" sentence, "pass" PassRecord; "total", "bytes" of a long step.
+
+Where a step does not go through bytes, "total" and "bytes" count its pieces."""
 
 
 class ExpertBuilder:
