@@ -16,7 +16,12 @@ from hif4c.passes.fold_channel_shifts import fold_channel_shifts
 from hif4c.passes.fold_high_precision import fold_high_precision
 from hif4c.passes.functionalize_rotary import functionalize_rotary
 from hif4c.passes.fuse_activation import fuse_activation
+from hif4c.passes.fuse_gated_residual import fuse_gated_residual
+from hif4c.passes.fuse_norm import fuse_norm
+from hif4c.passes.fuse_norm_quantize import fuse_norm_quantize
+from hif4c.passes.fuse_qk_norm_rotary import fuse_qk_norm_rotary
 from hif4c.passes.insert_qdq import insert_qdq
+from hif4c.passes.lower_attention import lower_attention
 from hif4c.passes.lower_linears import lower_linears
 from hif4c.passes.mark_boundaries import mark_boundaries
 from hif4c.passes.pack_weights import pack_weights
@@ -59,6 +64,11 @@ PIPELINE: tuple[tuple[str, Pass, Stage], ...] = (
     ("lower_linears", lambda program, choices, recipe: lower_linears(program), Stage.LOWERED),
     ("fuse_activation", lambda program, choices, recipe: fuse_activation(program), Stage.LOWERED),
     ("fold_high_precision", lambda program, choices, recipe: fold_high_precision(program), Stage.LOWERED),
+    ("fuse_gated_residual", lambda program, choices, recipe: fuse_gated_residual(program), Stage.FUSED),
+    ("fuse_norm", lambda program, choices, recipe: fuse_norm(program), Stage.FUSED),
+    ("fuse_norm_quantize", lambda program, choices, recipe: fuse_norm_quantize(program), Stage.FUSED),
+    ("fuse_qk_norm_rotary", lambda program, choices, recipe: fuse_qk_norm_rotary(program), Stage.FUSED),
+    ("lower_attention", lambda program, choices, recipe: lower_attention(program), Stage.FUSED),
 )
 """(name, pass, the stage whose rules hold after it)."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -117,22 +118,16 @@ class _Store:
                 del self._planes[spec.source]
         self._checkpoint.release(spec.source)
 
-    def on_node(self, number: int, node: Node, inputs: list[torch.Tensor]) -> list[object] | None:
-        """Sum the Hessian of an input, for all the weights that will meet it; quantize it where the node does."""
+    def on_node(self, number: int, node: Node, inputs: list[Any]) -> None:
+        """Sum the Hessian of an input, for all the weights that will meet it."""
         names = [name for name in self._weights.get(number, ()) if self._specs[name].rounding == "gptq"]
-        if node.target == "hif4.quantize":
-            mask, width = self._mask(node.args[1]), int(node.args[2] or 0)
-            planes = [torch.ops.hif4.quantize(x, mask if mask is None else mask.to(x.device), width) for x in inputs]
-            if names:
-                channels = inputs[0].shape[-1]
-                decoded = (
-                    dequantize(codes, scales, channels, torch.float32).view(-1, channels) for codes, scales in planes
-                )
-                self._share(names, _second_moments(decoded, channels))
-            return list(planes)
+        if node.target == "getitem" and names:
+            channels = self._checkpoint.shape(str(self._specs[names[0]].source))[1]
+            decoded = (dequantize(*planes, channels, torch.float32).view(-1, channels) for planes in inputs)
+            self._share(names, _second_moments(decoded, channels))
+            return
         for name in names:
             self._share([name], self._unrounded_moments(self._relaxed[name], inputs))
-        return None
 
     def _unrounded_moments(self, linear: Node, inputs: Sequence[torch.Tensor]) -> InputStatistics:
         """Of the input of a W4A16 linear."""
@@ -167,7 +162,8 @@ class _Meetings:
 
     Attributes:
         weights: number of the node that sees an input before any plane of these weights is needed -> the names of
-            their codes. A W4A4 input is seen by its quantizer, a W4A16 one by its linear or its low-rank branch.
+            their codes. A W4A4 input is seen where the first of its planes is taken from its quantizer's result, a
+            W4A16 one by its linear or its low-rank branch.
         relaxed: name of the codes -> W4A16 linear.
     """
 
@@ -187,8 +183,7 @@ def _meetings(graph: Graph, sources: Mapping[str, str | None]) -> _Meetings:
         if node.target == "aten.linear.default" and len(graph.inputs) <= node.args[1].index < first:
             branches[sources[name(node.args[1])]] = number
         elif node.target == "hif4.linear":
-            getitem = graph.nodes[node.args[0].index - first]
-            found.weights.setdefault(getitem.args[0].index - first, []).append(name(node.args[2]))
+            found.weights.setdefault(node.args[0].index - first, []).append(name(node.args[2]))
         elif node.target == "hif4.linear_w4":
             codes = name(node.args[1])
             found.weights.setdefault(branches.get(sources[codes], number), []).append(codes)

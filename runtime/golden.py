@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hif4c.runtime.errors import Hif4Error
-from hif4c.runtime.graph import DEVICE, DTYPES, TARGETS, Node, Ref, TensorType
+from hif4c.runtime.graph import DEVICE, DTYPE_NAMES, DTYPES, TARGETS, Node, Ref, TensorType
 from hif4c.runtime.transformer import CompiledTransformer
 
 __all__ = ["Replay", "make_golden", "replay"]
@@ -36,6 +36,9 @@ SIDE_ERROR = 2.0**-7
 # Positions among the arguments of the 4-bit linears: the weight's codes, with scales and bias behind them, and `side`.
 PLANES = {"hif4.linear": 2, "hif4.linear_w4": 1}
 SIDE = {"hif4.linear": 7, "hif4.linear_w4": 8}
+# Position of the mask, with the rotation behind it, among the arguments of what masks and rotates an input.
+MASK = {"hif4.linear_w4": 4, "hif4.quantize": 1, "hif4.norm_quantize": 7}
+NORM_DTYPE = 6
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,9 @@ def _input_type(model: CompiledTransformer, node: Node) -> TensorType:
     kind = graph.inputs[index].type if index < len(graph.inputs) else graph.nodes[index - graph.first_node].type
     if not isinstance(kind, TensorType):
         raise ValueError(f"what {node.module} reads is not a tensor")
+    reader = _reader(model, node)
+    if reader.target == "hif4.norm_quantize":  # between what it reads and what it quantizes the dtype may change
+        return TensorType(DTYPE_NAMES[reader.args[NORM_DTYPE]], kind.shape)
     return kind
 
 
@@ -198,28 +204,34 @@ def _features(model: CompiledTransformer, node: Node) -> int:
 
 
 def _run_linear(model: CompiledTransformer, node: Node, x: torch.Tensor, side: torch.Tensor | None) -> torch.Tensor:
-    """Output [N] float32 of a linear for the one row x, without its activation."""
+    """Output [N] float32 of a linear for the one row x, without its activation, gate and residual."""
     first, last = PLANES[node.target], SIDE[node.target] + 1
     codes, scales, bias = (_bound(model, argument) for argument in node.args[first : first + 3])
     branch = (None, None) if side is None else (side, _bound(model, node.args[last]))
+    reader = _reader(model, node)
+    at = MASK[reader.target]
+    mask, hadamard = (_bound(model, argument) for argument in (*reader.args, None, 0)[at : at + 2])
     if node.target == "hif4.linear":
-        mask, hadamard = (_bound(model, argument) for argument in (*_quantizer(model, node).args, None, 0)[1:3])
         planes = torch.ops.hif4.quantize(x, mask, hadamard)
         return torch.ops.hif4.linear(*planes, codes, scales, bias, None, torch.float32, *branch).flatten()
-    mask, hadamard = (_bound(model, argument) for argument in node.args[4:6])
     return torch.ops.hif4.linear_w4(x, codes, scales, bias, mask, hadamard, None, torch.float32, *branch).flatten()
 
 
-def _quantizer(model: CompiledTransformer, node: Node) -> Node:
-    """The quantize node whose planes a linear reads."""
+def _reader(model: CompiledTransformer, node: Node) -> Node:
+    """The node that masks and rotates the input of a 4-bit linear: its quantizer, or itself where it has none."""
+    if node.target != "hif4.linear":
+        return node
     nodes, first = model.graph.nodes, model.graph.first_node
     getitem = nodes[node.args[0].index - first]
     return nodes[getitem.args[0].index - first]
 
 
 def _data(model: CompiledTransformer, node: Node) -> Ref:
-    """The unquantized value that a linear reads."""
-    return (_quantizer(model, node) if node.target == "hif4.linear" else node).args[0]
+    """What a linear's input is made from: itself, or what a norm reads that is fused with the quantizer.
+
+    A side branch reads the input itself; a norm that it reads is not fused.
+    """
+    return _reader(model, node).args[0]
 
 
 def _side(model: CompiledTransformer, node: Node, x: torch.Tensor) -> torch.Tensor | None:

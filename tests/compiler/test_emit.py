@@ -75,7 +75,7 @@ class Trace:
     ],
 )
 def test_every_linear_agrees_on_equal_inputs(variant, recipe, transformed, models, bound, inputs):
-    """Each fused node, fed with the very input that the Q/DQ program's linear read.
+    """Each fused node without gate and residual, fed with the very input that the Q/DQ program's linear read.
 
     y is a sum of K products, each exact in fp32 (6 bits times 6 or 8), and a bias: whatever the order, the error is at
     most (K + 1) * 2^-24 of the magnitudes' sum, on both sides; then each side rounds once to bf16. Rotated weight-only
@@ -98,14 +98,13 @@ def test_every_linear_agrees_on_equal_inputs(variant, recipe, transformed, model
         if name == "hif4.linear":
             assert source.target == "hif4.dequantize"
             planes = [unfused.of(argument) for argument in source.args[:2]]
-            y = torch.ops.hif4.linear(*planes, *map(fused.of, node.args[2:]))
-            activation = node.args[5]
+            stored, activation = node.args[2:4], node.args[5]
+            y = torch.ops.hif4.linear(*planes, *map(fused.of, node.args[2:9]))
         else:
-            y = torch.ops.hif4.linear_w4(unfused.of(reference.args[0]), *map(fused.of, node.args[1:]))
-            activation = node.args[6]
+            stored, activation = node.args[1:3], node.args[6]
+            y = torch.ops.hif4.linear_w4(unfused.of(reference.args[0]), *map(fused.of, node.args[1:10]))
         # The planes that an artifact stores are those that the Q/DQ program makes from the weight.
         weight = unfused.maker(reference.args[1])
-        stored = [item for item in node.args if isinstance(item, Ref)][-3:-1]
         for argument, plane in zip(weight.args[:2], stored, strict=True):
             assert torch.equal(unfused.of(argument), fused.of(plane)), path
         expected = unfused.result(reference)
@@ -158,10 +157,11 @@ def test_in_float32_the_whole_programs_agree(recipe, transformed, bound, inputs)
 def test_in_bf16_fusing_moves_the_output_less_than_a_last_bit(recipe, variant, transformed, models, bound, inputs):
     """The yardstick: how far the output moves when every input value moves by one bf16 ulp.
 
-    Fusing GELU leaves out one rounding to bf16 a block, that is, it moves two of the program's intermediate tensors by
-    at most half an ulp each; a change of the input by one ulp moves one tensor by a whole ulp and goes through all
-    layers. With quantized activations both flip codes behind them, and are larger by the same factor. So twice the
-    yardstick is generous, and a wrong scale, mask or bias (1e-1 and more) is far outside.
+    Fusing GELU and three residuals leaves out four roundings to bf16 a block, that is, it moves eight of the program's
+    intermediate tensors by at most half an ulp each, most of them small beside the residual stream that they are added
+    to; a change of the input by one ulp moves one tensor by a whole ulp and goes through all layers. With
+    quantized activations both flip codes behind them, and are larger by the same factor. So twice the yardstick is
+    generous, and a wrong scale, mask or bias (1e-1 and more) is far outside.
     """
     state = models[variant].experts["transformer"].state_dict()
     sample = inputs(variant)
@@ -177,15 +177,24 @@ def test_in_bf16_fusing_moves_the_output_less_than_a_last_bit(recipe, variant, t
     assert yardstick < 0.1, message
 
 
-def test_packing_and_folding_change_no_bit(transformed, models, bound, inputs):
-    """Both only move work from run time to compile time."""
+def test_packing_folding_and_fusing_change_no_bit(transformed, models, bound, inputs):
+    """They only move work from run time to compile time, and into operators that round where the program did.
+
+    But for the residuals: what is added is no longer rounded to bf16 first.
+    """
     state = models["t2v"].experts["transformer"].state_dict()
     sample = inputs("t2v")
-    names = ("insert_qdq", "share_quantized_inputs", "pack_weights", "fuse_activation", None)
+    names = (
+        "insert_qdq", "share_quantized_inputs", "pack_weights", "fuse_activation", "fold_high_precision",
+        "fuse_gated_residual", "fuse_norm", "fuse_norm_quantize", "fuse_qk_norm_rotary", None,
+    )  # fmt: skip
     outputs = {name: bound(transformed("t2v", "rtn", name), state)(*sample)[0] for name in names}
     assert torch.equal(outputs["insert_qdq"], outputs["share_quantized_inputs"])
     assert torch.equal(outputs["share_quantized_inputs"], outputs["pack_weights"])
-    assert torch.equal(outputs["fuse_activation"], outputs[None])
+    assert torch.equal(outputs["fuse_activation"], outputs["fold_high_precision"])
+    assert not torch.equal(outputs["fold_high_precision"], outputs["fuse_gated_residual"])
+    for name in ("fuse_norm", "fuse_norm_quantize", "fuse_qk_norm_rotary", None):
+        assert torch.equal(outputs["fuse_gated_residual"], outputs[name]), name
 
 
 @pytest.mark.parametrize("stage", ["insert_qdq", "share_quantized_inputs", "pack_weights", "lower_linears", None])

@@ -18,9 +18,13 @@ def test_what_each_pass_does_to_a_captured_model(variant, recipe, captures):
     chosen = load_recipe(recipe)
     records = {record.name: record for record in run_passes(program, Choices(make_plan(config, chosen)), chosen)}
     assert tuple(records) == PASS_NAMES
-    verify(program, Stage.LOWERED)
+    verify(program, Stage.FUSED)
     unchanged = {name for name, record in records.items() if not record.changed}
-    expected = {"rtn": {"rotate_inputs"}, "weight-only": {"rotate_inputs", "share_quantized_inputs"}, "rotate": set()}
+    expected = {
+        "rtn": {"rotate_inputs"},
+        "weight-only": {"rotate_inputs", "share_quantized_inputs", "fuse_norm_quantize"},
+        "rotate": set(),
+    }
     calibrated = {"fold_channel_shifts", "apply_channel_masks", "fold_channel_masks"}
     assert unchanged == calibrated | {"add_side_branches"} | expected[recipe]
     notes = {name: record.notes[0] for name, record in records.items()}
@@ -28,6 +32,16 @@ def test_what_each_pass_does_to_a_captured_model(variant, recipe, captures):
     assert records["choose_precision"].notes == ("6 linears high", f"20 linears {chosen.precision}")
     assert notes["pack_weights"] == "packed 20 weights"
     assert notes["fuse_activation"] == "fused 2 activations"
+    assert notes["fuse_gated_residual"] == "fused 4 gated residuals and 2 residuals without a gate"
+    # Three norms a block, the second without modulation, and norm_out, which a linear in high precision reads.
+    assert notes["fuse_norm"] == "fused 5 norms with modulation and 2 without"
+    if recipe != "weight-only":
+        assert notes["fuse_norm_quantize"] == "fused 6 norms with the quantizer of their result"
+        assert records["fuse_norm_quantize"].notes[1:] == ("1 not fused, what reads it does not quantize: norm_out",)
+    assert notes["fuse_qk_norm_rotary"] == "fused 4 norms with a rotary embedding and 4 without"
+    assert notes["lower_attention"] == "lowered 4 attentions"
+    for name in ("fuse_gated_residual", "fuse_norm", "fuse_qk_norm_rotary", "lower_attention"):
+        assert len(records[name].notes) == 1, records[name].notes  # nothing was left alone
     # 20 weights, and as inputs: q/k/v, out, cross q, the text (once for both blocks), out, ffn up, ffn down.
     if recipe != "weight-only":
         assert notes["share_quantized_inputs"] == f"40 quantize nodes became {20 + 2 * 6 + 1}"

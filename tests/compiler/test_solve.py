@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -19,6 +20,7 @@ from hif4c.runtime.artifact import open_artifact
 from hif4c.runtime.executor import Executor
 from hif4c.runtime.format import dequantize, quantize
 from hif4c.runtime.graph import Graph
+from hif4c.runtime.native import native_kernels
 from hif4c.runtime.rotation import block_hadamard
 from hif4c.runtime.transformer import load_expert
 
@@ -30,6 +32,13 @@ hadamard = 64
 rounding = "gptq"
 bf16_steps = 0.34
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> Iterator[None]:
+    """Those that the compiler uses: norms and attention agree between backends to the last bits only."""
+    with native_kernels():
+        yield
 
 
 @dataclass

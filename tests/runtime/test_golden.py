@@ -216,7 +216,10 @@ COLUMNS, RANK = [5, 0], 3
 
 
 def with_branches(model):
-    """The program with a side branch at every 4-bit linear: a low-rank part, and two columns that a mask takes out."""
+    """The program with a side branch at every 4-bit linear: a low-rank part, and two columns that a mask takes out.
+
+    Norms are taken out of the quantizers that they are fused with, as the branches read them too.
+    """
     generator = torch.Generator().manual_seed(0)
     graph, old = model.graph, model.graph.first_node
     values = dict(zip((item.name for item in graph.tensors), model.executor.tensors, strict=True))
@@ -232,7 +235,10 @@ def with_branches(model):
         for name, value in values.items()
     ]
     stored = {item.name: Ref(len(graph.inputs) + number) for number, item in enumerate(tensors)}
-    nodes, moved = [], {}
+    nodes, moved, read = [], {}, {}
+
+    def normalized(node):
+        return TensorType("bfloat16", (*node.type[0].shape[:-1], 2 * node.type[0].shape[-1]))
 
     def node_of(ref):
         return graph.nodes[ref.index - old]
@@ -248,17 +254,22 @@ def with_branches(model):
 
     for number, node in enumerate(graph.nodes):
         args, path = [move(item) for item in node.args], node.module
+        if node.target == "hif4.norm_quantize":
+            args = [add("hif4.norm", *args[:7], like=replace(node, type=normalized(node))), *args[7:]]
+            read[number] = args[0]
+            node = replace(node, target="hif4.quantize")
         if node.target == "hif4.quantize":
             args[1] = stored[f"mask.{2 * node.type[0].shape[-1]}"]
         elif node.target in ("hif4.linear", "hif4.linear_w4"):
-            quantizer = node_of(node_of(node.args[0]).args[0]) if node.target == "hif4.linear" else node
-            x = move(quantizer.args[0])
+            quantizer = node_of(node.args[0]).args[0] if node.target == "hif4.linear" else None
+            x = args[0] if quantizer is None else read.get(quantizer.index - old, move(node_of(quantizer).args[0]))
             down = add("aten.linear.default", x, stored[f"{path}.down"], like=node)
             chosen = add("aten.index_select.default", x, -1, stored[f"{path}.columns"], like=node)
             side = add("aten.cat.default", [down, chosen], -1, like=node)
             if node.target == "hif4.linear_w4":
                 args[4] = stored[f"mask.{2 * values[f'{path}.weight.codes'].shape[1]}"]
-            args += [side, stored[f"{path}.up"]]
+            at = 7 if node.target == "hif4.linear" else 8
+            args = [*args[:at], side, stored[f"{path}.up"], *args[at + 2 :]]
         nodes.append(replace(node, args=tuple(args)))
         moved[Ref(old + number)] = Ref(len(graph.inputs) + len(tensors) + len(nodes) - 1)
     program = Graph(graph.inputs, tensors, nodes, [moved[ref] for ref in graph.outputs])

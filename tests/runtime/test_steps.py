@@ -40,7 +40,7 @@ def relaxed(captures):
             plan = make_plan(WanConfig.from_dict(small_config(variant), "config.json"), chosen)
             run_passes(program, Choices(plan), chosen)
             relax_activations(program)
-            verify(program, Stage.LOWERED)
+            verify(program, Stage.FUSED)
             made[variant, recipe] = encode(to_graph(program))
         return made[variant, recipe]
 
