@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow lint types unit clean
+.PHONY: help bench demo test test-slow lint types unit clean
 
 help:
 	@echo "make demo       compile wan-tiny, verify, sample from the original and from the artifact, compare"
 	@echo "make test       lint, types, tests"
 	@echo "make test-slow  the slow proofs as well"
+	@echo "make bench      time linears and denoising steps beside torch's and diffusers'"
 	@echo "make clean      remove the virtual environment and everything built"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -19,6 +20,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py --output demo
+
+bench: $(STAMP)
+	$(BIN)/python tools/bench.py linear --threads 1,2 -o bench/linear.json --markdown bench/linear.md --plot bench/linear.png
+	$(BIN)/python tools/bench.py step --latent 5x24x52,20x24x52 -o bench/step.json --markdown bench/step.md --plot bench/step.png
 
 test: lint types unit
 
@@ -39,4 +44,4 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
 clean:
-	rm -rf $(VENV) .mypy build demo *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .mypy build bench demo *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -18,6 +18,8 @@ import typer
 from hif4c.tools.console import MAX_SEED, console, make_table, progress_bar, run
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from hif4c.compiler.recipe import Recipe
     from hif4c.compiler.synthetic_ladder import LayerFigures
 
@@ -39,6 +41,7 @@ app = typer.Typer(
     help="Measure a part by itself: what it costs on this machine, or what it leaves of the numbers.",
 )
 Output = Annotated[Path | None, typer.Option("--output", "-o", dir_okay=False, help="Write the figures as JSON.")]
+Markdown = Annotated[Path | None, typer.Option(dir_okay=False, help="Write the tables as Markdown.")]
 Plot = Annotated[Path | None, typer.Option(dir_okay=False, help="Draw them into this PNG.")]
 Threads = Annotated[str | None, typer.Option(help="Threads; several with commas. Default: torch's.")]
 
@@ -56,6 +59,7 @@ def linear(
     threads: Threads = None,
     kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "jit",
     output: Output = None,
+    markdown: Markdown = None,
     plot: Plot = None,
 ) -> None:
     """Time y = x W^T + b for bf16 x: torch in fp32, bf16 and dynamic int8, torchao, and HiF4 with 4- and 16-bit inputs.
@@ -73,7 +77,7 @@ def linear(
     teams = _threads(threads)
     names = [item.strip() for item in formats.split(",")] if formats else list(FORMATS)
     check_formats(names)
-    _check_outputs(output, plot)
+    _check_outputs(output, markdown, plot)
     machine = _select(kernels)
     figures = []
     with progress_bar("measuring", len(sizes) * len(counts) * len(teams)) as advance:
@@ -83,9 +87,7 @@ def linear(
                 for m in counts:
                     figures.append(measure_linear(m, k, n, names, seconds=seconds, repetitions=repetitions))
                     advance(1)
-    console.print(_sentence(machine), highlight=False)
-    for table in linear_tables(figures):
-        console.print(table)
+    _show(linear_tables(figures), _sentence(machine), markdown)
     for name, reason in {name: reason for item in figures for name, reason in item.missing.items()}.items():
         console.print(f"{name} was not measured: {reason}", highlight=False, markup=False)
     _write(output, {"machine": machine, "linear": [item.to_dict() for item in figures]})
@@ -113,6 +115,7 @@ def step(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: torch's.")] = None,
     kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "jit",
     output: Output = None,
+    markdown: Markdown = None,
     plot: Plot = None,
 ) -> None:
     """Time one denoising step of a random Wan: diffusers in bf16, torch.compile of it, and compiled by hif4c.
@@ -133,7 +136,7 @@ def step(
     options = StepOptions(
         width, heads, ffn, layers, text_dim, text, latents, repetitions, torch_compile, memory, kernels
     )
-    _check_outputs(output, plot)
+    _check_outputs(output, markdown, plot)
     if threads is not None:
         torch.set_num_threads(threads)
     machine = _select(kernels)
@@ -149,9 +152,7 @@ def step(
                 console.print(f"  {value}", highlight=False, markup=False)
 
         result = measure_steps(options, Path(directory), show)
-    console.print(_sentence(machine), highlight=False)
-    for table in step_tables(result):
-        console.print(table)
+    _show(step_tables(result), _sentence(machine), markdown)
     _write(output, {"machine": machine, **result.to_dict()})
     if plot is not None:
         from hif4c.compiler.bench_plots import plot_step
@@ -169,22 +170,25 @@ def static(
         list[str] | None, typer.Option(help="Only this target (cuda-sm80, ...). Repeatable. Default: all.")
     ] = None,
     output: Output = None,
+    markdown: Markdown = None,
 ) -> None:
     """Registers, spills, shared memory and the main loop of every GPU kernel, read from the binaries. Needs no GPU."""
     from hif4c.compiler.bench_static import analyse_kernels, check_targets, find_kernels
     from hif4c.tools.bench_tables import static_table
 
     check_targets(target or [])
-    _check_outputs(output, None)
+    _check_outputs(output, markdown)
     figures = []
+    tables = []
     with tempfile.TemporaryDirectory(prefix="hif4c-bench-") as directory:
         with progress_bar("building", None) as advance:
             folders = find_kernels(artifact, target or [], Path(directory), lambda text: advance(1))
         for name, folder in folders.items():
             with progress_bar(f"reading {name}", None) as advance:
                 found = analyse_kernels(name, folder, lambda text, advance=advance: advance(1))  # type: ignore[misc]
-            console.print(static_table(name, found))
+            tables.append(static_table(name, found))
             figures += found
+    _show(tables, "", markdown)
     _write(output, {"static": [item.to_dict() for item in figures]})
 
 
@@ -195,6 +199,7 @@ def model(
         str, typer.Option(help="Tokens of a video, separated by commas; 32760 is 832x480, 75600 1280x720, 81 frames.")
     ] = "32760,75600",
     output: Output = None,
+    markdown: Markdown = None,
 ) -> None:
     """A roofline on paper, not a measurement: a block on GPUs by what their multiprocessors could do at best."""
     from hif4c.compiler.models import load_builtin
@@ -203,11 +208,10 @@ def model(
 
     config = next(iter(load_builtin(name).experts.values()))
     counts = [_number(item) for item in tokens.split(",")]
-    _check_outputs(output, None)
+    _check_outputs(output, markdown)
     blocks = [model_block(gpu, config, count) for count in counts for gpu in GPUS]
-    for count in counts:
-        console.print(model_table(name, count, [item for item in blocks if item.tokens == count]))
-    console.print("A model from data sheets and instruction counts. Nothing here was measured on a GPU.")
+    tables = [model_table(name, count, [item for item in blocks if item.tokens == count]) for count in counts]
+    _show(tables, "A model from data sheets and instruction counts: nothing here was measured on a GPU.", markdown)
     _write(output, {"model": name, "measured": False, "blocks": [item.to_dict() for item in blocks]})
 
 
@@ -302,13 +306,26 @@ def _sentence(machine: dict[str, Any]) -> str:
     )
 
 
-def _check_outputs(output: Path | None, plot: Path | None) -> None:
+def _check_outputs(*paths: Path | None) -> None:
     """So that a path that cannot be written is said before the long part."""
-    for path in (output, plot):
+    for path in paths:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-    if plot is not None:
-        import matplotlib  # noqa: F401
+            if path.suffix.lower() == ".png":
+                import matplotlib  # noqa: F401
+
+
+def _show(tables: Sequence[Table], sentence: str, markdown: Path | None) -> None:
+    """Print tables below a sentence, and write both as Markdown."""
+    from hif4c.tools.bench_tables import to_markdown
+
+    if sentence:
+        console.print(sentence, highlight=False, markup=False)
+    for table in tables:
+        console.print(table)
+    if markdown is not None:
+        text = "\n".join([*([f"{sentence}\n"] if sentence else []), *map(to_markdown, tables)])
+        markdown.write_text(text, encoding="utf-8")
 
 
 def _write(output: Path | None, values: dict[str, Any]) -> None:

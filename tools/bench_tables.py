@@ -14,7 +14,7 @@ from hif4c.compiler.bench_timing import Timing
 from hif4c.compiler.roofline import BlockModel
 from hif4c.tools.console import make_table
 
-__all__ = ["linear_tables", "model_table", "static_table", "step_tables"]
+__all__ = ["linear_tables", "model_table", "static_table", "step_tables", "to_markdown"]
 
 _SHOWN_OPERATORS = 14
 
@@ -168,6 +168,14 @@ def model_table(model: str, tokens: int, blocks: Sequence[BlockModel]) -> Table:
             block,
         )  # fmt: skip
     return table
+
+
+def to_markdown(table: Table) -> str:
+    """A table of plain cells, with its title in bold above."""
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    head, *rows = ("| " + " | ".join(cells) + " |" for cells in zip(*columns, strict=True))
+    rule = "| " + " | ".join("---:" if column.justify == "right" else "---" for column in table.columns) + " |"
+    return "\n".join([f"**{table.title}**", "", head, rule, *rows, ""])
 
 
 def _both(timing: Timing | None) -> str:

@@ -1,4 +1,4 @@
-"""README.md: its Python runs as it stands, on wan-tiny, and its command lines are ones that hif4c understands."""
+"""README.md: its Python runs as it stands, on wan-tiny; its commands and those of docs/ are ones that hif4c knows."""
 
 import re
 import shlex
@@ -13,13 +13,16 @@ from hif4c.compiler.models import tiny_directory
 from hif4c.runtime.transformer import CompiledTransformer
 from hif4c.tools.cli import app
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 HUB_ID = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 SIZE = "height=480, width=832, num_frames=81"
 COMMANDS = sorted({
     re.split(r"\s{2,}#|\s#|>|;", line)[0].strip()
+    for page in PAGES.values()
     for line in [
-        *re.findall(r"^(?:\$ )?(hif4c [a-z].*)$", README, re.MULTILINE), *re.findall(r"`(hif4c [a-z][^`]*)`", README)
+        *re.findall(r"^(?:\$ )?(hif4c [a-z].*)$", page, re.MULTILINE), *re.findall(r"`(hif4c [a-z][^`]*)`", page)
     ]
 })  # fmt: skip
 
@@ -74,27 +77,35 @@ def test_the_commands_are_found() -> None:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_the_readme_is_understood(line: str) -> None:
+def test_a_command_is_understood(line: str) -> None:
     """Parsed, not run: every command, argument and option exists."""
-    _, name, *arguments = shlex.split(line)
-    group = typer.main.get_command(app)
+    arguments = shlex.split(re.sub(r"\bN\b", "1", line))  # N stands for a number
+    command: Any = typer.main.get_command(app)
+    while hasattr(command, "commands") and len(arguments) > 1:
+        _, *arguments = arguments
+        assert arguments[0] in command.commands
+        command = command.commands[arguments[0]]
+    name, *arguments = arguments
     if arguments:
-        group.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
-    else:
-        assert name in group.commands  # type: ignore[attr-defined]
+        command.make_context(name, arguments)
 
 
-@pytest.mark.parametrize("option", sorted(set(re.findall(r"`(--[a-z-]+)", README))))
-def test_an_option_that_the_readme_mentions_exists(option: str) -> None:
-    group = typer.main.get_command(app)
-    known = {text for command in group.commands.values() for item in command.params for text in item.opts}  # type: ignore[attr-defined]
-    assert option in known
+@pytest.mark.parametrize(
+    "option", sorted({text for page in PAGES.values() for text in re.findall(r"`(--[a-z-]+)", page)})
+)
+def test_an_option_that_is_mentioned_exists(option: str) -> None:
+    def options(command: Any) -> set[str]:
+        own = {text for item in command.params for text in item.opts}
+        return own.union(*(options(item) for item in getattr(command, "commands", {}).values()))
+
+    assert option in options(typer.main.get_command(app))
 
 
-def test_the_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", PAGES[path]):
         if not target.startswith("http"):
-            assert (Path(__file__).parents[2] / target).exists(), target
+            assert (path.parent / target).exists(), target
 
 
 def test_the_recipes_are_those_that_there_are() -> None:

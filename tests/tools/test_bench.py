@@ -133,8 +133,9 @@ def test_options_that_make_no_sense_are_refused(arguments: list[str]) -> None:
 
 
 def test_bench_step_times_and_weighs(tmp_path: Path) -> None:
-    file, picture = tmp_path / "step.json", tmp_path / "step.png"
-    text = passed(*STEP, "-o", str(file), "--plot", str(picture))
+    file, picture, tables = tmp_path / "step.json", tmp_path / "step.png", tmp_path / "step.md"
+    text = passed(*STEP, "-o", str(file), "--plot", str(picture), "--markdown", str(tables))
+    assert tables.read_text().count("**") == 2 * 3  # times, memory, operators
     assert "where a step of 8 tokens goes" in text
     figures = json.loads(file.read_text())
     (step,) = figures["steps"]
@@ -186,9 +187,17 @@ def test_bench_static_reads_the_binaries(tmp_path: Path, monkeypatch: pytest.Mon
         return [next(job for job in every(target) if job.name == name) for name in ("linear_int8", "quantize")]
 
     monkeypatch.setattr(gpu_kernels, "list_jobs", two)
-    file = tmp_path / "static.json"
-    text = passed("static", "--target", "cuda-sm80", "-o", str(file))
+    file, tables = tmp_path / "static.json", tmp_path / "static.md"
+    text = passed("static", "--target", "cuda-sm80", "-o", str(file), "--markdown", str(tables))
     assert "cuda-sm80" in text
+    title, _, head, rule, *rows = tables.read_text().splitlines()
+    assert title.startswith("**cuda-sm80")
+    assert head.startswith("| kernel | variant | KB |")
+    assert rule.startswith("| --- | --- | ---: |")
+    assert [row.split(" | ")[:2] for row in rows] == [
+        ["| linear_int8", "128x128_w8_s3.bias"],
+        ["| quantize", "16x4_w4.bf16"],
+    ]
     linear, quantize = json.loads(file.read_text())["static"]
     assert linear["file"] == "linear_int8.128x128_w8_s3.bias.cubin"
     assert quantize["name"] == "quantize"
