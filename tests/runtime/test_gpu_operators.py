@@ -21,6 +21,7 @@ from hif4c.runtime.gpu.driver import CudaDriver, HipDriver
 from hif4c.runtime.gpu.epilogue import Epilogue, row_blocks
 from hif4c.runtime.gpu.launcher import Bundled, UnfitKernels
 from hif4c.runtime.gpu.operators import Operators
+from hif4c.runtime.gpu.products import Planes, Product
 from hif4c.runtime.gpu.tuning import Candidate, Tuner
 from hif4c.runtime.kernel_files import UntrustedKernels
 from tests.support.gpu_artifacts import Entry, make_artifact, shipped_kernels
@@ -157,6 +158,33 @@ def test_every_target_has_a_kernel_for_every_epilogue(
         assert (values["weight_ptr"], values["weight_scales_ptr"]) == (weight[0].data_ptr(), weight[1].data_ptr())
     threads = recorded.entries[name]["num_warps"] * (64 if target.startswith("hip") else 32)
     assert stub.launches[-1].block == (threads, 1, 1)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("target", "capability"),
+    [
+        ("cuda-sm80", (8, 0)),
+        ("cuda-sm89", (8, 9)),
+        ("cuda-sm90", (9, 0)),
+        ("cuda-sm100", (10, 0)),
+        ("cuda-sm120", (12, 0)),
+        ("hip-gfx942", (0, 0)),
+    ],
+)
+def test_every_shipped_binary_is_reached(stub: Stub, tmp_path: Path, target: str, capability: tuple[int, int]) -> None:
+    recorded = Recorded(stub, tmp_path, target, capability)
+    inputs, weight = Planes(*planes(64, 128)), Planes(*planes(96, 128))
+    out = torch.empty(64, 96, dtype=torch.bfloat16)
+    bias, residual = torch.zeros(96), torch.zeros(64, 96, dtype=torch.bfloat16)
+    for epilogue in (Epilogue(bias), Epilogue(bias, "gelu_tanh"), Epilogue(bias, residual=residual)):
+        for candidate in Product(recorded.operators.backend, inputs, None, weight, epilogue, out).candidates():
+            candidate.run()
+    for dtype in (torch.bfloat16, torch.float32):
+        for width in (0, 64, 128, 256, 512, 1024):
+            for mask in (None, torch.ones(1024)):
+                recorded.operators.quantize(torch.zeros(16, 1024, dtype=dtype), mask, width)
+    assert {launch.function for launch in stub.launches} == set(recorded.entries)
 
 
 @needs_triton
