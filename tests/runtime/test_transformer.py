@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.gpu import registry as gpu_registry
 from hif4c.runtime.graph import Ref
-from hif4c.runtime.transformer import TransformerOutput, load
+from hif4c.runtime.transformer import CompiledTransformer, TransformerOutput, load
 from tests.support.checkpoints import VARIANTS
 
 
@@ -197,3 +198,20 @@ def test_no_full_precision_copy_is_held(recipe, artifacts, inputs):
         assert list(model.parameters()) == []
         assert model.state_dict() == {}
         model(*inputs())
+
+
+def test_kernels_of_a_gpu_are_selected_when_the_model_gets_there(artifacts, monkeypatch):
+    calls = []
+    monkeypatch.setattr(gpu_registry, "select", lambda kernels, artifact: calls.append((kernels, artifact.root)))
+    model = load(artifacts(), kernels="portable")
+    model.to("cpu")
+    assert calls == []
+    # There is no GPU here; what the module sees is a device that changed.
+    cpu, first, second = torch.device("cpu"), torch.device("cuda:0"), torch.device("cuda:1")
+    for before, after, count in ((cpu, first, 1), (first, first, 1), (first, second, 2), (second, cpu, 2)):
+        devices = iter([before, after, after])
+        monkeypatch.setattr(CompiledTransformer, "device", property(lambda self, devices=devices: next(devices)))
+        model.to("cpu")
+        assert calls == [("portable", artifacts())] * count
+    monkeypatch.undo()
+    assert (model.variant(None).kernels, model.variant(None).artifact) == ("portable", model.artifact)

@@ -80,7 +80,8 @@ def test_compile_refuses_an_existing_directory(tmp_path: Path) -> None:
 
 
 def test_verify_accepts_what_was_compiled(wan_tiny_artifact: Path) -> None:
-    text = output("verify", wan_tiny_artifact)
+    """Golden outputs are the portable kernels'; others may differ in the last bits."""
+    text = output("verify", wan_tiny_artifact, "--kernels", "portable")
     assert text.count("identical") == 2 * 3
     assert text.count(" ok ") == 2
 
