@@ -13,6 +13,7 @@ from hif4c.runtime import format as hif4_format
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.native.attention_bindings import NativeAttention, attention_operators
 from hif4c.runtime.native.linear_bindings import LinearKernel, linear_operators
+from hif4c.runtime.native.linear_w4_bindings import NativeLinearW4, linear_w4_operators
 from hif4c.runtime.native.row_bindings import RowKernels, row_operators
 from hif4c.runtime.native.status import BEST, INSTRUCTION_SETS
 
@@ -48,8 +49,8 @@ class Library:
         ) -> tuple[torch.Tensor, torch.Tensor]:
             return self.quantize(x, mask, hadamard)
 
-        operators = {**linear_operators(self), **row_operators(self), **attention_operators(self)}
-        return {"quantize": quantize, **operators}
+        linears = {**linear_operators(self), **linear_w4_operators(self)}
+        return {"quantize": quantize, **linears, **row_operators(self), **attention_operators(self)}
 
     def quantize(
         self, x: torch.Tensor, mask: torch.Tensor | None = None, hadamard: int = 0, instruction_set: int = BEST
@@ -68,6 +69,7 @@ class Library:
         same = all(map(torch.equal, self.quantize(x, None, 64), hif4_format.quantize(x, None, 64)))
         same &= self.rows.agree()
         same &= self.linears.agrees()
+        same &= NativeLinearW4(self).agrees()
         same &= NativeAttention(self).agrees()
         if not same:
             raise Hif4Error(

@@ -19,7 +19,7 @@ from hif4c.runtime.native.status import BEST, raise_status
 if TYPE_CHECKING:
     from hif4c.runtime.native.bindings import Library
 
-__all__ = ["LinearKernel", "linear_operators"]
+__all__ = ["LinearKernel", "gate_by_rows", "linear_operators"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -76,7 +76,7 @@ class LinearKernel:
         bias, side, side_weight = _plain(bias), _plain(side), _plain(side_weight)
         gate_rows = 1
         if gate is not None:
-            gate, gate_rows = _gate_by_rows(gate, shape)
+            gate, gate_rows = gate_by_rows(gate, shape)
         residual = None if residual is None else residual.contiguous()
         status = self._linear(
             codes.data_ptr(), scales.data_ptr(), w_codes.data_ptr(), w_scales.data_ptr(), _address(bias),
@@ -132,7 +132,7 @@ def linear_operators(library: Library) -> dict[str, Callable[..., Any]]:
     return {"linear": linear}
 
 
-def _gate_by_rows(gate: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, int]:
+def gate_by_rows(gate: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, int]:
     """The gate's rows [R, N], and how many rows of an output of this shape follow each other for one of them."""
     axis = len(shape) - 1
     while axis > 0 and gate.shape[axis - 1] == 1:
