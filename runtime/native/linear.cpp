@@ -14,6 +14,7 @@ using namespace hif4;
 
 constexpr int64_t kRowBlock = 512;             // input rows expanded at once
 constexpr int64_t kInputBytes = 4 << 20;       // and at most about as many bytes
+constexpr int64_t kTileRun = 4;                // tiles that one thread takes one after the other, for few rows
 constexpr int64_t kUnitBlock = 4;              // units of 48 columns expanded at once: 15 KiB, for the first cache
 // The kernels of a set, -1 for the best; null for one that this processor cannot run.
 const LinearKernels* kernels_of(int set) {
@@ -79,13 +80,16 @@ int linear(const LinearKernels& kernels, const Packed& input, const Packed& weig
   if (kernels.few_rows && m <= kRows) {
     expand(0, m, 0);
     const Group group = group_at(0, 0);
-    run(team, ceil_div(weight.n, kTile), [&](int64_t tile, int) {
-      float acc[kRows * kTile];
-      const int64_t column = tile * kTile;
-      kernels.few_rows(group, static_cast<int>(m), weight, column, acc);
-      add_side(0, m, column, 1, acc);
-      for (int64_t i = 0; i < m; i++)
-        kernels.finish(epilogue, i, column, std::min<int64_t>(kTile, weight.n - column), acc + i * kTile);
+    const int64_t tiles = ceil_div(weight.n, kTile);
+    run(team, ceil_div(tiles, kTileRun), [&](int64_t task, int) {
+      for (int64_t tile = task * kTileRun; tile < std::min((task + 1) * kTileRun, tiles); tile++) {
+        float acc[kRows * kTile];
+        const int64_t column = tile * kTile;
+        kernels.few_rows(group, static_cast<int>(m), weight, column, acc);
+        add_side(0, m, column, 1, acc);
+        for (int64_t i = 0; i < m; i++)
+          kernels.finish(epilogue, i, column, std::min<int64_t>(kTile, weight.n - column), acc + i * kTile);
+      }
     });
     return kDone;
   }

@@ -10,41 +10,55 @@ constexpr int bit16(int j) { return 16 + 8 * (j / 8) + 7 - j % 8; }
 
 #if HIF4_VBMI
 struct DecodeTables {
-  uint8_t value[64];      // n + 28 by nibble | E1_16 << 4 | E1_8 << 5
-  uint8_t window8[8][8];  // for dword i, each byte's 8-bit window of a pair of scale dwords with E1_8 at bit 5
-  uint8_t window16[8][8];  // and with E1_16 at bit 4
-  constexpr DecodeTables() : value{}, window8{}, window16{} {
+  uint8_t value[64];        // n + 28 by nibble | E1_16 << 4 | E1_8 << 5
+  uint8_t pairs[64];        // of four runs j: E1_16 at bit 2j, E1_8 at bit 2j + 1, by the bits as they are stored
+  uint8_t stored8[8];       // each byte's 8-bit window of a pair of scale dwords with the E1_8 of four runs from bit 4 on
+  uint8_t stored16[8];      // and with their E1_16 from bit 0 on
+  uint8_t window[8][8];     // for dword i, each byte's window of a pair of dwords of pairs with its run's from bit 4 on
+  constexpr DecodeTables() : value{}, pairs{}, stored8{}, stored16{}, window{} {
     for (int index = 0; index < 64; index++) {
       const int magnitude = (index & 7) << (((index >> 4) & 1) + ((index >> 5) & 1));
       value[index] = static_cast<uint8_t>(kShift + (index & 8 ? -magnitude : magnitude));
+      for (int j = 0; j < 4; j++)
+        pairs[index] |= static_cast<uint8_t>(((index >> (3 - j)) & 1) << (2 * j) | ((index >> (5 - j / 2)) & 1) << (2 * j + 1));
     }
-    for (int i = 0; i < 8; i++)
-      for (int b = 0; b < 8; b++) {
-        window8[i][b] = static_cast<uint8_t>(bit8(i) - 5 + 32 * (b / 4));
-        window16[i][b] = static_cast<uint8_t>(bit16(2 * i + (b % 4) / 2) - 4 + 32 * (b / 4));
-      }
+    for (int b = 0; b < 8; b++) {
+      stored8[b] = static_cast<uint8_t>(32 * (b / 4) + bit8(2 * (b % 4) + 1) - 4);
+      stored16[b] = static_cast<uint8_t>(32 * (b / 4) + bit16(4 * (b % 4) + 3));
+      for (int i = 0; i < 8; i++) window[i][b] = static_cast<uint8_t>((32 * (b / 4) + 2 * (2 * i + b % 4 / 2) - 4) & 63);
+    }
   }
 };
 constexpr DecodeTables kDecode;
 
-HIF4_TARGET HIF4_INLINE __m512i window(const uint8_t (&offsets)[8], __m512i meta) {
+HIF4_TARGET HIF4_INLINE __m512i windows(const uint8_t (&offsets)[8], __m512i dwords) {
   int64_t offset;
   memcpy(&offset, offsets, 8);
-  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(offset), meta);
+  return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(offset), dwords);
 }
+
+// The low nibbles of a, the high ones of b.
+HIF4_TARGET HIF4_INLINE __m512i nibbles(__m512i a, __m512i b) {
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi8(0x0F), a, b, 0xCA);
+}
+
+// Scale dwords to dwords of 16 runs' two exponents. A permutation takes the six low bits of a byte as an index.
+HIF4_TARGET HIF4_INLINE __m512i exponents_of(__m512i meta) {
+  const __m512i stored = nibbles(windows(kDecode.stored16, meta), windows(kDecode.stored8, meta));
+  return _mm512_permutexvar_epi8(stored, _mm512_loadu_si512(kDecode.pairs));
+}
+#else
+HIF4_TARGET HIF4_INLINE __m512i exponents_of(__m512i meta) { return meta; }
 #endif
 
-// Dword i of the codes of 16 columns, with their scale dwords, to the weight bytes of quads 2i and 2i + 1.
-HIF4_TARGET HIF4_INLINE void decode(__m512i codes, __m512i meta, int i, __m512i* low, __m512i* high) {
-  const __m512i nibble = _mm512_set1_epi8(0x0F);
+// Dword i of the codes of 16 columns, with their exponents_of, to the weight bytes of quads 2i and 2i + 1.
+HIF4_TARGET HIF4_INLINE void decode(__m512i codes, __m512i exponents, int i, __m512i* low, __m512i* high) {
 #if HIF4_VBMI
-  const __m512i value = _mm512_loadu_si512(kDecode.value);
-  const __m512i e16 = _mm512_and_si512(window(kDecode.window16[i], meta), _mm512_set1_epi8(0x10));
-  // 0xF8: a | (b & c)
-  const __m512i e = _mm512_ternarylogic_epi32(e16, window(kDecode.window8[i], meta), _mm512_set1_epi8(0x20), 0xF8);
-  *low = _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(e, codes, nibble, 0xF8), value);
-  *high = _mm512_permutexvar_epi8(_mm512_ternarylogic_epi32(e, _mm512_srli_epi32(codes, 4), nibble, 0xF8), value);
+  const __m512i value = _mm512_loadu_si512(kDecode.value), e = windows(kDecode.window[i], exponents);
+  *low = _mm512_permutexvar_epi8(nibbles(codes, e), value);
+  *high = _mm512_permutexvar_epi8(nibbles(_mm512_srli_epi32(codes, 4), e), value);
 #else
+  const __m512i meta = exponents, nibble = _mm512_set1_epi8(0x0F);
   const __m512i magnitudes =
       _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 0, -1, -2, -3, -4, -5, -6, -7));
   const __mmask16 run8 = _mm512_test_epi32_mask(meta, _mm512_set1_epi32(1 << bit8(i)));
@@ -149,14 +163,14 @@ HIF4_TARGET uint32_t expand_tile(const Packed& weight, int64_t column, int64_t f
   __mmask16 nan = 0;
   for (int64_t u = 0; u < count; u++) {
     if (u % 4 == 0) load_scales(rows, first + u, count - u, metas);
-    const __m512i meta = metas[u % 4];
+    const __m512i meta = metas[u % 4], exponents = exponents_of(meta);
     __m512i codes[8];
     load_codes(rows, first + u, codes);
     uint8_t* out = values + u * kUnit * kCols;
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) {
       __m512i low, high;
-      decode(codes[i], meta, i, &low, &high);
+      decode(codes[i], exponents, i, &low, &high);
       _mm512_storeu_si512(out + 128 * i, low);
       _mm512_storeu_si512(out + 128 * i + 64, high);
     }
@@ -234,20 +248,26 @@ HIF4_TARGET void expand_rows(const Packed& rows, int64_t row, int64_t first, int
 template <int ROWS>
 HIF4_TARGET void multiply_packed(const Group& group, const Packed& weight, int64_t column, float* acc) {
   const Rows rows = rows_from(weight, column);
+  // A processor does not foresee 16 streams that end with every tile: the next tile's bytes are fetched meanwhile.
+  const int64_t next = column + kTile < weight.n ? column + kTile : column;
+  const uint8_t* ahead = weight.codes + next * weight.units * kUnitBytes;
+  const uint8_t* ahead_scales = weight.scales + next * weight.units * kScaleBytes;
   __m512i metas[4];
   __m512 total[ROWS];
   for (int i = 0; i < ROWS; i++) total[i] = _mm512_setzero_ps();
   for (int64_t u = 0; u < weight.units; u++) {
     if (u % 4 == 0) load_scales(rows, u, weight.units - u, metas);
-    const __m512i meta = metas[u % 4];
+    const __m512i meta = metas[u % 4], exponents = exponents_of(meta);
     __m512i codes[8], dot[ROWS];
+    for (int i = 0; i < kTile * kUnitBytes; i += 64) __builtin_prefetch(ahead + u * kTile * kUnitBytes + i, 0, 2);
+    __builtin_prefetch(ahead_scales + u * kTile * kScaleBytes, 0, 2);
     load_codes(rows, u, codes);
     for (int i = 0; i < ROWS; i++) dot[i] = _mm512_set1_epi32(group.offsets[u * kRows + i]);
     const int8_t* a = group.values + u * kUnit * kRows;
 #pragma GCC unroll 8
     for (int k = 0; k < 8; k++) {
       __m512i low, high;
-      decode(codes[k], meta, k, &low, &high);
+      decode(codes[k], exponents, k, &low, &high);
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; i++) {
         int32_t quad[2];
