@@ -1,4 +1,5 @@
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -130,3 +131,79 @@ def test_values_are_passed_by_position():
     graph = graph_of([("aten.add.Tensor", (Ref(0), Ref(1)), {"alpha": Ref(0)})], [2])
     with pytest.raises(ValueError, match="values are passed by position"):
         Executor(graph, {"w": torch.ones(4)}, CPU)
+
+
+def by_sizes():
+    """x [n, 4] + the first n rows of a table, doubled: two nodes depend on n alone, the size apart."""
+    return graph_of(
+        [
+            ("aten.sym_size.int", (Ref(0), 0), {}),
+            ("aten.slice.Tensor", (Ref(1), 0, 0, Ref(2)), {}),
+            ("aten.mul.Tensor", (Ref(3), 2.0), {}),
+            ("aten.add.Tensor", (Ref(0), Ref(4)), {}),
+            ("aten.mul.Tensor", (Ref(1), 3.0), {}),
+        ],
+        [5, 6, 2],
+    )
+
+
+def counted(monkeypatch):
+    calls = []
+
+    def watch(name, function):
+        def call(*arguments, **keywords):
+            calls.append(name)
+            return function(*arguments, **keywords)
+
+        return call
+
+    watched = {name: watch(name, function) for name, function in executor_module.TARGETS.items()}
+    monkeypatch.setattr(executor_module, "TARGETS", watched)
+    return calls
+
+
+def test_what_depends_on_sizes_alone_is_computed_once_for_each(monkeypatch):
+    calls, table = counted(monkeypatch), torch.randn(9, 4)
+    executor = Executor(by_sizes(), {"w": table}, CPU)
+    # What depends on the table alone is not kept: there it might be a decoded weight.
+    again = ["aten.add.Tensor", "aten.mul.Tensor"]
+    for rows, first in ((3, True), (5, True), (3, False), (5, False)):
+        calls.clear()
+        x = torch.randn(rows, 4)
+        found, other, size = executor(x)
+        assert torch.equal(found, x + 2 * table[:rows])
+        assert torch.equal(other, 3 * table)
+        assert size == rows
+        assert calls == (["aten.sym_size.int", "aten.slice.Tensor", "aten.mul.Tensor"] if first else []) + again
+
+
+def test_the_sizes_that_were_used_last_are_kept(monkeypatch):
+    calls, most = counted(monkeypatch), executor_module.MAX_SIZES
+    executor = Executor(by_sizes(), {"w": torch.randn(9, 4)}, CPU)
+
+    def is_known(rows):
+        calls.clear()
+        executor(torch.randn(rows, 4))
+        return "aten.sym_size.int" not in calls
+
+    assert not any(is_known(rows) for rows in range(most))
+    assert is_known(0)
+    assert not is_known(most)  # takes the place of 1, which is the one not used for longest
+    assert is_known(0)
+    assert not is_known(1)
+    assert len(executor._of_sizes) == most
+
+
+def test_what_is_kept_is_shared_by_threads():
+    table = torch.randn(9, 4)
+    executor = Executor(by_sizes(), {"w": table}, CPU)
+    inputs = [torch.randn(1 + number % 9, 4) for number in range(400)]
+    with ThreadPoolExecutor(8) as pool:
+        for x, (found, _, size) in zip(inputs, pool.map(executor, inputs), strict=True):
+            assert torch.equal(found, x + 2 * table[:size])
+
+
+def test_a_program_without_sizes_keeps_nothing():
+    executor = Executor(chain(), {"w": torch.randn(4)}, CPU)
+    executor(torch.randn(4))
+    assert not executor._of_sizes
