@@ -16,9 +16,9 @@ namespace {
 
 using namespace hif4;
 
-constexpr int64_t kTilesOfTask = 8;       // of queries, for which a block of keys is fetched once
-constexpr int64_t kPackedBytes = 8 << 20;  // keys and values packed at a time: of some heads, of one (4 S D bytes) at least
-constexpr int64_t kOneThread = 1 << 21;   // multiplications that are not worth waking a thread for
+constexpr int64_t kTilesOfTask = 8;        // of queries, for which a block of keys is fetched once
+constexpr int64_t kPackedBytes = 8 << 20;  // packed keys and values of the heads worked on, one (4 S D bytes) at least
+constexpr int64_t kOneThread = 1 << 21;    // multiplications that are not worth waking a thread for
 
 #if HIF4_ATTENTION_AVX512
 bool has_avx512_bf16() {
@@ -89,7 +89,8 @@ int attention(const AttentionKernels& kernels, const Rows& q, const Rows& k, con
       for (int64_t key = 0; key < count; key += kKeyPanel) {
         const int64_t b = head / shape.heads, h = head % shape.heads;
         kernels.pack_keys(k.at(b, h, start + key), k.row, count - key, width, block_keys + key * width);
-        kernels.pack_values(v.at(b, h, start + key), v.row, count - key, width, padded, block_values + key * kKeyPanel);
+        kernels.pack_values(v.at(b, h, start + key), v.row, count - key, width, padded,
+                            block_values + key * kKeyPanel);
       }
     });
     run(team, some * tasks, [&](int64_t task, int id) {

@@ -38,7 +38,8 @@ struct AttentionKernels {
   void (*pack_keys)(const uint16_t* k, int64_t stride, int64_t count, int64_t width, uint16_t* out);
   void (*pack_values)(const uint16_t* v, int64_t stride, int64_t count, int64_t width, int64_t padded, uint16_t* out);
   // `factor` times the product of a query and a key is its logit in base 2.
-  void (*attend)(QueryTile& tile, const KeyBlock& block, int64_t width, float factor, bool first, Probabilities& scratch);
+  void (*attend)(QueryTile& tile, const KeyBlock& block, int64_t width, float factor, bool first,
+                 Probabilities& scratch);
   // Divided by the sum and rounded to bf16: `count` rows.
   void (*finish)(const QueryTile& tile, int64_t count, int64_t width, uint16_t* out, int64_t stride);
   // out[i] = 2^x[i] for x[i] <= 0, as `attend` computes it.

@@ -38,9 +38,9 @@ HIF4_TARGET HIF4_INLINE void multiply(const uint16_t* a, const uint16_t* panel, 
   }
 }
 
-// 2^t for t <= 0 or NaN, 1 exactly for 0 and 0 for -inf: 2^floor(t) times a polynomial of the rest, fitted for the least
-// maximum relative error that keeps 2^0. With its roundings that is below 3e-6 down to t = -126, a thousandth of what
-// bf16 rounds away.
+// 2^t for t <= 0 or NaN, 1 exactly for 0 and 0 for -inf: 2^floor(t) times a polynomial of the rest, fitted for the
+// least maximum relative error that keeps 2^0. With its roundings that is below 3e-6 down to t = -126, a thousandth of
+// what bf16 rounds away.
 HIF4_TARGET HIF4_INLINE __m512 exp2(__m512 t) {
   const __m512 rest = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   __m512 y = _mm512_fmadd_ps(_mm512_set1_ps(0x1.b7f730p-7f), rest, _mm512_set1_ps(0x1.abf868p-5f));
