@@ -31,6 +31,7 @@ class RowKernels:
     def __init__(self, library: Library) -> None:
         functions = library.functions
         functions.hif4_quantize.argtypes = (_P, _I, _P, _I, _F, _L, _L, _P, _P, _I, _P, _I)
+        functions.hif4_dequantize.argtypes = (_P, _P, _L, _L, _P, _I, _I, _P, _I)
         functions.hif4_norm.argtypes = (
             _P, _I, _P, _P, _P, _L, _L, _P, _L, _L, _D, _L, _L, _L, _P, _I, _P, _I, _F, _P, _P, _I, _P, _I,
         )  # fmt: skip
@@ -38,6 +39,7 @@ class RowKernels:
             _P, _I, _P, _D, _L, _L, _L, _L, _P, _L, _L, _P, _L, _L, _P, _I, _P, _I,
         )  # fmt: skip
         self._quantize: Callable[..., int] = functions.hif4_quantize
+        self._dequantize: Callable[..., int] = functions.hif4_dequantize
         self._norm: Callable[..., int] = functions.hif4_norm
         self._rms_rotary: Callable[..., int] = functions.hif4_rms_rotary
         self._library = library
@@ -61,6 +63,28 @@ class RowKernels:
             )  # fmt: skip
             raise_status(status, instruction_set)
         return codes, scales
+
+    def dequantize(
+        self,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        k: int,
+        dtype: torch.dtype = torch.bfloat16,
+        instruction_set: int = BEST,
+    ) -> torch.Tensor:
+        """As `hif4c.runtime.format.dequantize`, bit for bit."""
+        hif4_format.check_decode(codes, scales, k, dtype)
+        if not _on_cpu(codes, scales):
+            return hif4_format.dequantize(codes, scales, k, dtype)
+        out = torch.empty((*codes.shape[:-1], k), dtype=dtype if dtype in _DTYPES else torch.float32)
+        if out.numel():
+            codes, scales = codes.contiguous(), scales.contiguous()
+            status = self._dequantize(
+                codes.data_ptr(), scales.data_ptr(), out.numel() // k, k, out.data_ptr(), _DTYPES[out.dtype],
+                torch.get_num_threads(), self._library.parallel, instruction_set,
+            )  # fmt: skip
+            raise_status(status, instruction_set)
+        return out.to(dtype)
 
     def norm(
         self,
@@ -178,6 +202,7 @@ class RowKernels:
         arguments = (x, factor[0, 0], None, factor, factor, 1e-6, torch.float32)
         planes = self.norm_quantize(*arguments)
         same = all(map(torch.equal, planes, hif4_format.quantize(self.norm(*arguments))))
+        same &= torch.equal(self.dequantize(*planes, 190), hif4_format.dequantize(*planes, 190))
         table = x[:1, :, None, :32:2]
         rotary = (x, factor[0, 0], 1e-6, 6, table, table)
         pairs = (
@@ -191,6 +216,11 @@ class RowKernels:
 def row_operators(library: Library) -> dict[str, Callable[..., Any]]:
     """What stands in for the portable operators on the CPU: name in the `hif4` namespace -> function."""
     rows = library.rows
+
+    def dequantize(
+        codes: torch.Tensor, scales: torch.Tensor, k: int, dtype: torch.dtype = torch.bfloat16
+    ) -> torch.Tensor:
+        return rows.dequantize(codes, scales, k, dtype)
 
     def norm(
         x: torch.Tensor,
@@ -226,7 +256,7 @@ def row_operators(library: Library) -> dict[str, Callable[..., Any]]:
     ) -> torch.Tensor:
         return rows.rms_rotary(x, weight, eps, heads, cos, sin)
 
-    return {"norm": norm, "norm_quantize": norm_quantize, "rms_rotary": rms_rotary}
+    return {"dequantize": dequantize, "norm": norm, "norm_quantize": norm_quantize, "rms_rotary": rms_rotary}
 
 
 def _planes(shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:

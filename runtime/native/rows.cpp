@@ -88,6 +88,19 @@ HIF4_EXPORT int hif4_quantize(const void* x, int dtype, const float* mask, int h
   return kDone;
 }
 
+// The values [rows, k] of planes, in fp32 or bf16.
+HIF4_EXPORT int hif4_dequantize(const uint8_t* codes, const uint8_t* scales, int64_t rows, int64_t k, void* out,
+                                int dtype, int threads, void* parallel, int set) {
+  const RowKernels* kernels = kernels_of(set);
+  if (!kernels) return kNoSuchSet;
+  const int64_t units = ceil_div(k, kUnit), bytes = k * bytes_of(static_cast<Dtype>(dtype));
+  run_rows({threads, reinterpret_cast<Parallel>(parallel)}, rows, k, [&](int64_t row, int) {
+    kernels->dequantize(codes + row * units * kUnitBytes, scales + row * units * kScaleBytes, k,
+                        static_cast<char*>(out) + row * bytes, static_cast<Dtype>(dtype));
+  });
+  return kDone;
+}
+
 // Layer norm of x [samples, tokens, c], contiguous, to `out` of dtype `to`; or, where `codes` is not null, to planes of
 // that result, which is not stored then. scale and shift [samples, tokens, c] by their strides, c contiguous.
 HIF4_EXPORT int hif4_norm(const void* x, int from, const float* weight, const float* bias, const float* scale,

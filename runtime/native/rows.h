@@ -25,6 +25,8 @@ struct RowKernels {
   // One row x [k] of `dtype` to planes. `mask` is null or what arrange_mask made for that dtype.
   void (*quantize)(const void* x, Dtype dtype, const float* mask, Rotation rotation, int64_t k, uint8_t* codes,
                    uint8_t* scales);
+  // The k values of one row's planes, to `out` of fp32 or bf16, which both hold them exactly.
+  void (*dequantize)(const uint8_t* codes, const uint8_t* scales, int64_t k, void* out, Dtype dtype);
   // mask [k] in the order in which `quantize` multiplies rows of `dtype`, to `out` of whole units.
   void (*arrange_mask)(const float* mask, Dtype dtype, int64_t k, float* out);
   // Layer norm of a row, of `from`, to `out` of `to`; both fp32 or bf16. The same bits on every instruction set.

@@ -16,7 +16,7 @@ namespace {
 
 }  // namespace
 
-const RowKernels kRowsAvx512 = {quantize, arrange_mask, norm, rms_rotary};
+const RowKernels kRowsAvx512 = {quantize, dequantize, arrange_mask, norm, rms_rotary};
 
 }  // namespace hif4
 #endif

@@ -302,6 +302,43 @@ HIF4_TARGET void quantize(const void* x, Dtype dtype, const float* mask, Rotatio
   quantize_as<Float32Layout>(x, mask, rotation, k, codes, scales);
 }
 
+struct ExponentBits {
+  int32_t e8[kUnit], e16[kUnit];  // of a unit's scale bytes as one word, for each channel
+  constexpr ExponentBits() : e8{}, e16{} {
+    for (int i = 0; i < kUnit; i++) {
+      e8[i] = 1 << (8 + 7 - i / 8);
+      e16[i] = static_cast<int32_t>(1u << (16 + 8 * (i / 32) + 7 - i / 4 % 8));
+    }
+  }
+};
+constexpr ExponentBits kExponentBits;
+
+HIF4_TARGET void dequantize(const uint8_t* codes, const uint8_t* scales, int64_t k, void* out, Dtype dtype) {
+  const __m512 magnitudes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -0.0f, -1, -2, -3, -4, -5, -6, -7);
+  for (int64_t start = 0; start < k; start += 16, codes += 8) {
+    const uint8_t* stored = scales + start / kUnit * kScaleBytes;
+    const int quarter = static_cast<int>(start % kUnit);
+    const __mmask16 there = static_cast<__mmask16>(k - start < 16 ? (1u << (k - start)) - 1 : 0xFFFF);
+    int32_t packed;
+    memcpy(&packed, stored, 4);
+    const __m512i meta = _mm512_set1_epi32(packed);
+    __m512 step = _mm512_set1_ps(unit_scale(stored[0]));
+    const __mmask16 e8 = _mm512_test_epi32_mask(meta, _mm512_loadu_si512(kExponentBits.e8 + quarter));
+    step = _mm512_mask_add_ps(step, e8, step, step);
+    const __mmask16 e16 = _mm512_test_epi32_mask(meta, _mm512_loadu_si512(kExponentBits.e16 + quarter));
+    step = _mm512_mask_add_ps(step, e16, step, step);
+    // Each byte to two lanes whose low four bits are its nibbles.
+    const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+    const __m512i nibbles = _mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28));
+    const __m512 values = _mm512_mul_ps(_mm512_permutexvar_ps(nibbles, magnitudes), step);
+    if (dtype == kFloat32)
+      _mm512_mask_storeu_ps(static_cast<float*>(out) + start, there, values);
+    else
+      _mm256_mask_storeu_epi16(static_cast<uint16_t*>(out) + start, there,
+                               _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(values), 16)));
+  }
+}
+
 template <typename Layout>
 HIF4_INLINE void arrange(const float* mask, int64_t k, float* out) {
   for (int64_t channel = 0; channel < (k + kUnit - 1) / kUnit * kUnit; channel++) {

@@ -113,6 +113,29 @@ HIF4_INLINE void quantize_generic(const void* x, Dtype dtype, const float* mask,
   }
 }
 
+// A sign and a magnitude of 3 bits; -0.0 for 8.
+HIF4_INLINE float signed_magnitude(int nibble) {
+  const float magnitude = static_cast<float>(nibble & 7);
+  return float_of(bits_of(magnitude) | static_cast<uint32_t>(nibble & 8) << 28);
+}
+
+HIF4_INLINE void dequantize_generic(const uint8_t* codes, const uint8_t* scales, int64_t k, void* out, Dtype dtype) {
+  for (int64_t start = 0; start < k; start += kUnit, codes += kUnitBytes, scales += kScaleBytes) {
+    const int64_t count = k - start < kUnit ? k - start : kUnit;
+    const float scale = unit_scale(scales[0]);
+    float values[kUnit];
+    for (int i = 0; i < kUnit; i++) {
+      const int e8 = scales[1] >> (7 - i / 8) & 1, e16 = scales[2 + i / 32] >> (7 - i / 4 % 8) & 1;
+      values[i] = signed_magnitude(codes[i / 2] >> (4 * (i & 1)) & 15) * (scale * static_cast<float>(1 << (e8 + e16)));
+    }
+    if (dtype == kFloat32)
+      memcpy(static_cast<float*>(out) + start, values, count * sizeof(float));
+    else
+      for (int64_t i = 0; i < count; i++)
+        static_cast<uint16_t*>(out)[start + i] = static_cast<uint16_t>(bits_of(values[i]) >> 16);
+  }
+}
+
 HIF4_INLINE void arrange_mask_generic(const float* mask, int64_t k, float* out) {
   memcpy(out, mask, k * sizeof(float));
 }

@@ -15,10 +15,14 @@ HIF4_TARGET void quantize(const void* x, Dtype dtype, const float* mask, Rotatio
   quantize_generic(x, dtype, mask, rotation, k, codes, scales);
 }
 
+HIF4_TARGET void dequantize(const uint8_t* codes, const uint8_t* scales, int64_t k, void* out, Dtype dtype) {
+  dequantize_generic(codes, scales, k, out, dtype);
+}
+
 HIF4_TARGET void arrange_mask(const float* mask, Dtype, int64_t k, float* out) { arrange_mask_generic(mask, k, out); }
 
 }  // namespace
 
-const RowKernels kRowsPortable = {quantize, arrange_mask, norm, rms_rotary};
+const RowKernels kRowsPortable = {quantize, dequantize, arrange_mask, norm, rms_rotary};
 
 }  // namespace hif4

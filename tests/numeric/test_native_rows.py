@@ -203,6 +203,26 @@ def test_quantize_after_every_rotation(rows: RowKernels, sets: range, width: int
                     assert all(map(torch.equal, rows.quantize(x, factors, width, forced), expected))
 
 
+@pytest.mark.parametrize("k", [1, 15, 16, 64, 100, 200])
+def test_dequantize_every_scale_and_code(rows: RowKernels, sets: range, k: int):
+    """Bit for bit, the sign of zeros too."""
+    generator = torch.Generator().manual_seed(k)
+    units = -(-k // 64)
+    codes = torch.randint(0, 256, (4, 256, units * 32), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(0, 256, (4, 256, units, 4), dtype=torch.uint8, generator=generator)
+    scales[..., 0] = torch.arange(256, dtype=torch.uint8)[:, None]
+    for planes in ((codes, scales), (codes[::2, 1::3], scales[::2, 1::3]), (codes[0, 3], scales[0, 3]),
+                   (codes[:0], scales[:0])):  # fmt: skip
+        for dtype in (*FLOATS, torch.float64):
+            expected = hif4_format.dequantize(*planes, k, dtype)
+            for forced in sets:
+                found = rows.dequantize(*planes, k, dtype, forced)
+                assert found.dtype == dtype
+                assert torch.equal(found.isnan(), expected.isnan())
+                assert torch.equal(found.nan_to_num(0.0), expected.nan_to_num(0.0))
+                assert torch.equal(found.signbit() & ~found.isnan(), expected.signbit() & ~expected.isnan())
+
+
 def tables(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As in the model: every second column of tables that have each angle twice."""
     angle = make(1, tokens, 1, width // 2, seed=7).repeat_interleave(2, -1)
@@ -314,6 +334,7 @@ def test_the_operators_are_the_native_kernels(rows: RowKernels):
     assert same(torch.ops.hif4.norm(*norm), rows.norm(*norm))
     assert not same(torch.ops.hif4.norm(*norm), portable.norm(*norm))
     planes = torch.ops.hif4.norm_quantize(*norm, weight, 16)
+    assert same(torch.ops.hif4.dequantize(*planes, 64), hif4_format.dequantize(*planes, 64))
     assert all(map(torch.equal, planes, rows.norm_quantize(*norm, weight, 16)))
     rotary = (x, weight, 1e-6, 4, cos, sin)
     assert same(torch.ops.hif4.rms_rotary(*rotary), rows.rms_rotary(*rotary))
