@@ -289,6 +289,36 @@ def test_lowered_planes_are_of_one_weight():
     breaks(program, Stage.LOWERED, f"{fused.name} reads [({source}, 'scales'), ({source}, 'codes')], not")
 
 
+@pytest.mark.parametrize("stage", [Stage.LOWERED, Stage.FUSED])
+def test_lowered_an_input_is_masked_and_rotated_as_its_weight(stage):
+    program = branched(Stage.LOWERED)
+    verify(program, stage)
+    quantizer = find(program, hif4.quantize.default)
+    x, mask, _ = quantizer.args
+    quantizer.args = (x, mask, 64)
+    breaks(program, stage, f"{PATH}: its input has (mask, rotation) ('m', 64), its weight ('m', 0)")
+    quantizer.args = (x, None, 0)
+    breaks(program, stage, f"{PATH}: its input has (mask, rotation) (None, 0), its weight ('m', 0)")
+
+
+def test_lowered_both_planes_are_of_one_quantizer():
+    program = program_at(Stage.LOWERED)
+    fused = find(program, hif4.linear.default)
+    fused.args = (fused.args[1], fused.args[0], *fused.args[2:])
+    breaks(program, Stage.LOWERED, f"{fused.name} does not read the two planes of one quantizer")
+
+
+def test_only_fused_programs_have_operators_of_rows():
+    program = program_at(Stage.LOWERED)
+    linear = find(program, aten.linear.default)
+    x = linear.args[0]
+    with program.graph.inserting_before(linear):
+        values = (x, None, None, None, None, 1e-6, torch.bfloat16)
+        linear.replace_input_with(x, program.call(hif4.norm.default, values, like=linear))
+    verify(program, Stage.FUSED)
+    breaks(program, Stage.LOWERED, "norm_default (hif4.norm.default) is fused before the program is lowered")
+
+
 def plan_of(program):
     """The choices of a recipe without calibration, as far as the passes look at them."""
     chosen = {PATH: Precision.W4A4, "proj_out": Precision.HIGH}
