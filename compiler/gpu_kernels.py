@@ -55,8 +55,8 @@ _WORKER = Path(__file__).with_name("gpu_worker.py")
 _GROUP_M = 8  # tiles of rows that share their columns in the L2
 
 # The integers that the runtime may only pass as multiples of 16, which lets loads and stores be wide. M is any number.
-_MULTIPLES_OF_16 = {"K", "N", "x_stride", "stride", "value_stride", "weight_stride", "gate_stride"}
-_POINTERS = {
+_MULTIPLES_OF_16 = {"K", "N", "x_stride", "stride", "value_stride", "weight_stride", "gate_stride", "gain_stride"}
+_TYPES = {
     "bias_ptr": "*fp32",
     "gate_ptr": "*fp32",
     "residual_ptr": "*bf16",
@@ -78,7 +78,7 @@ class Job:
         name: of the kernel in `hif4c.runtime.gpu.kernels`.
         variant: which tile, "128x128_w8_s3".
         file: name of the binary, without suffix.
-        pointers: argument -> type, "*i8"; all other arguments that are not constants are int32.
+        types: argument -> type, "*i8"; all other arguments that are not constants are int32.
         constants: argument -> value.
         warps, stages: Triton's options.
     """
@@ -86,7 +86,7 @@ class Job:
     name: str
     variant: str
     file: str
-    pointers: dict[str, str]
+    types: dict[str, str]
     constants: dict[str, int]
     warps: int
     stages: int
@@ -105,7 +105,7 @@ def list_jobs(target: str) -> list[Job]:
             *_bf16_jobs(0, _WEIGHT_ONLY_TILES_AMD if amd else _WEIGHT_ONLY_TILES),
         ]
         expansions = [_expand("expand_int8"), _expand("expand_bf16")]
-    return [*linears, *expansions, *_quantize_jobs()]
+    return [*linears, *expansions, *_quantize_jobs(), *_norm_jobs()]
 
 
 def _epilogues() -> Iterator[tuple[str, dict[str, int]]]:
@@ -115,27 +115,27 @@ def _epilogues() -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def _int8_jobs(tiles: Iterable[_Tile], magic: int) -> Iterator[Job]:
-    pointers = {**_POINTERS, "values_ptr": "*i8", "weight_ptr": "*i8", "weight_scales_ptr": "*fp32"}
+    types = {**_TYPES, "values_ptr": "*i8", "weight_ptr": "*i8", "weight_scales_ptr": "*fp32"}
     for rows, columns, warps, stages in tiles:
         variant = f"{rows}x{columns}_w{warps}_s{stages}"
         for suffix, constants in _epilogues():
             constants |= {"MAGIC": magic, "BLOCK_M": rows, "BLOCK_N": columns, "GROUP_M": _GROUP_M}
-            yield Job("linear_int8", variant, f"linear_int8.{variant}.{suffix}", pointers, constants, warps, stages)
+            yield Job("linear_int8", variant, f"linear_int8.{variant}.{suffix}", types, constants, warps, stages)
 
 
 def _bf16_jobs(packed: int, tiles: Iterable[_Tile]) -> Iterator[Job]:
     weight = "*i32" if packed else "*bf16"
-    pointers = {**_POINTERS, "values_ptr": "*bf16", "weight_ptr": weight, "weight_scales_ptr": "*i32"}
+    types = {**_TYPES, "values_ptr": "*bf16", "weight_ptr": weight, "weight_scales_ptr": "*i32"}
     for rows, columns, warps, stages in tiles:
         variant = f"{'packed_' if packed else ''}{rows}x{columns}_w{warps}_s{stages}"
         for suffix, constants in _epilogues():
             constants |= {"PACKED": packed, "BLOCK_M": rows, "BLOCK_N": columns, "GROUP_M": _GROUP_M}
-            yield Job("linear_bf16", variant, f"linear_bf16.{variant}.{suffix}", pointers, constants, warps, stages)
+            yield Job("linear_bf16", variant, f"linear_bf16.{variant}.{suffix}", types, constants, warps, stages)
 
 
 def _expand(name: str) -> Job:
     constants = {"BLOCK_R": 16, "BLOCK_U": 4}
-    return Job(name, "16x4_w4", f"{name}.16x4_w4", {**_POINTERS, "values_ptr": "*i32"}, constants, 4, 1)
+    return Job(name, "16x4_w4", f"{name}.16x4_w4", {**_TYPES, "values_ptr": "*i32"}, constants, 4, 1)
 
 
 def _quantize_jobs() -> Iterator[Job]:
@@ -147,10 +147,18 @@ def _quantize_jobs() -> Iterator[Job]:
         rows, units, warps = (16, 4, 4) if log2 <= 8 else (8, 16, 8)
         variant = f"{rows}x{units}_w{warps}"
         suffix = kind + ("_mask" if mask else "") + (f"_hadamard{1 << log2}" if log2 else "")
-        pointers = {**_POINTERS, "x_ptr": f"*{kind}"}
+        types = {**_TYPES, "x_ptr": f"*{kind}"}
         constants = {"HAS_MASK": mask, "HADAMARD": 1 << log2, "LOG2_HADAMARD": log2}
         constants |= {"BLOCK_M": rows, "BLOCK_U": units}
-        yield Job("quantize", variant, f"quantize.{variant}.{suffix}", pointers, constants, warps, 1)
+        yield Job("quantize", variant, f"quantize.{variant}.{suffix}", types, constants, warps, 1)
+
+
+def _norm_jobs() -> Iterator[Job]:
+    types = {"x_ptr": "*bf16", "gain_ptr": "*fp32", "shift_ptr": "*fp32", "offset": "fp32", "eps": "fp32"}
+    for mask, log2 in itertools.product((0, 1), (0, 6)):
+        suffix = "bf16" + ("_mask" if mask else "") + (f"_hadamard{1 << log2}" if log2 else "")
+        constants = {"HAS_MASK": mask, "HADAMARD": 1 << log2, "LOG2_HADAMARD": log2, "BLOCK_M": 8, "BLOCK_U": 4}
+        yield Job("norm_quantize", "8x4_w4", f"norm_quantize.8x4_w4.{suffix}", {**_TYPES, **types}, constants, 4, 1)
 
 
 def build_gpu_kernels(target: str, directory: Path, progress: Callable[[str], None]) -> None:

@@ -27,7 +27,7 @@ def compile_job(kernels: Any, target: GPUTarget, multiples_of_16: set[str], job:
     """Write the binary of a job (the fields of `hif4c.compiler.gpu_kernels.Job`) to `path`; returns its properties."""
     function = getattr(kernels, job["name"])
     constants = job["constants"]
-    types = {name: job["pointers"].get(name, "i32") for name in function.arg_names if name not in constants}
+    types = {name: job["types"].get(name, "i32") for name in function.arg_names if name not in constants}
     wide = {name for name, kind in types.items() if kind.startswith("*") or name in multiples_of_16}
     source = ASTSource(
         function,

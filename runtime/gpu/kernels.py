@@ -1,10 +1,11 @@
-"""The Triton kernels of the operators: quantize, expand, linear. Importing this module imports Triton.
+"""The Triton kernels of the operators: quantize, expand, linear, norm. Importing this module imports Triton.
 
 Symbols: M rows of the input, N outputs, R rows of either, U units of 64 channels (see `hif4c.runtime.format`), S
 columns of the side branch. A *code word* holds 8 codes and a *scale word* a unit's 4 scale bytes, both as little-endian
 int32: the canonical planes seen through another dtype.
 
     quantize      x [M, K] -> code words [M, U * 8], scale words [M, U]
+    norm_quantize x [M, K] -> the same, of its layer norm
     expand_int8   planes of R rows -> in-unit integers int8 [R, U * 64], E6M2/4 fp32 [U, stride]
     expand_bf16   planes of R rows -> exact values bf16 [R, U * 64]
     linear_int8   integer matrix units: an exact int32 dot product a unit, fp32 over the units in order
@@ -31,6 +32,7 @@ __all__ = [
     "expand_int8",
     "linear_bf16",
     "linear_int8",
+    "norm_quantize",
     "quantize",
 ]
 
@@ -206,6 +208,69 @@ def quantize(
     if HADAMARD > 1:
         x = _rotate(x, HADAMARD, LOG2_HADAMARD, 2 if x_ptr.dtype.element_ty == tl.float32 else 3)
     _store_planes(x, row, unit, codes_ptr, scales_ptr, M, U, BLOCK_M, BLOCK_U)
+
+
+@triton.jit
+def norm_quantize(
+    x_ptr,
+    gain_ptr,
+    shift_ptr,
+    mask_ptr,
+    codes_ptr,
+    scales_ptr,
+    M,
+    K,
+    x_stride,
+    gain_rows,
+    gain_stride,
+    offset,
+    eps,
+    HAS_MASK: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    LOG2_HADAMARD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+):
+    """Planes, as from `quantize`, of a layer norm of x [M, K]: bf16 of `normalized * (gain + offset) + shift`.
+
+    gain and shift fp32 [., K], row m of x taking row m // gain_rows of both, rows `gain_stride` apart. They are AdaLN's
+    scale and shift with offset = 1, or a norm's own weight and bias with offset = 0 and gain_rows = M. Mean and
+    variance are in fp32, of blocks of columns that are merged one after the other (Chan, Golub, LeVeque 1979). Grid:
+    ceil(M / BLOCK_M).
+    """
+    U = tl.cdiv(K, 64)
+    row = tl.program_id(0) * BLOCK_M
+    rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1)
+    x_ptr += rows[:, None].to(tl.int64) * x_stride
+    block: tl.constexpr = BLOCK_U * 64
+    mean = tl.zeros([BLOCK_M], tl.float32)
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, K, block):
+        channels = start + tl.arange(0, block)
+        there = channels[None, :] < K
+        x = tl.load(x_ptr + channels[None, :], mask=there, other=0.0).to(tl.float32)
+        count = tl.minimum(K - start, block).to(tl.float32)
+        total = start + count
+        block_mean = tl.sum(x, 1) / count
+        deviation = tl.where(there, x - block_mean[:, None], 0.0)
+        difference = block_mean - mean
+        mean += difference * (count / total)
+        squares += tl.sum(deviation * deviation, 1) + difference * difference * (start * (count / total))
+    factor = 1.0 / tl.sqrt_rn(squares / K + eps)
+    gain_row = (rows // gain_rows)[:, None].to(tl.int64) * gain_stride
+    for unit in range(0, U, BLOCK_U):
+        channels = unit * 64 + tl.arange(0, block)
+        there = channels[None, :] < K
+        x = tl.load(x_ptr + channels[None, :], mask=there, other=0.0).to(tl.float32)
+        gain = tl.load(gain_ptr + gain_row + channels[None, :], mask=there, other=0.0) + offset
+        shift = tl.load(shift_ptr + gain_row + channels[None, :], mask=there, other=0.0)
+        y = _to_bf16((x - mean[:, None]) * factor[:, None] * gain + shift).to(tl.float32)
+        y = tl.where(there, y, 0.0)
+        if HAS_MASK:
+            y = y * tl.load(mask_ptr + channels, mask=channels < K, other=0.0)[None, :]
+        if HADAMARD > 1:
+            y = _rotate(y, HADAMARD, LOG2_HADAMARD, 3)
+        _store_planes(y, row, unit, codes_ptr, scales_ptr, M, U, BLOCK_M, BLOCK_U)
 
 
 @triton.jit

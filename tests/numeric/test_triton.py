@@ -39,6 +39,7 @@ else:
     from hif4c.runtime.format import dequantize, in_unit_integers, unit_scales
     from hif4c.runtime.format import quantize as portable_quantize
     from hif4c.runtime.gpu import kernels
+    from hif4c.runtime.rows import norm_quantize as portable_norm
 
     Planes = tuple[torch.Tensor, torch.Tensor]
     with safe_open(GOLDEN, "pt") as file:
@@ -177,6 +178,31 @@ else:
     def test_quantize_reads_rows_of_a_wider_matrix() -> None:
         x = make(19, 300)[:, :72]
         check_quantize(x)
+
+    @pytest.mark.parametrize("width", [1, 64])
+    @pytest.mark.parametrize("affine", [False, True])
+    def test_norm_quantize(width: int, affine: bool) -> None:
+        """Sums are added in another order, so that a value next to a tie may round to another code; none did here."""
+        batch, tokens, k = 3, 7, 320
+        x = (make(batch, tokens, k, seed=13, spread=0.5) + 1.5).bfloat16()
+        mask = make(k, seed=14, spread=0.0).abs() + 0.1 if width > 1 else None
+        if affine:
+            gain, shift = make(2, 1, k, seed=15, spread=0.0)
+            offset, gain_rows, stride = 0.0, batch * tokens, 0
+            expected = portable_norm(x, gain[0], shift[0], None, None, 1e-6, torch.bfloat16, mask, width)
+        else:
+            modulation = make(batch, 6, k, seed=16, spread=0.0)
+            gain, shift = modulation[:, 1], modulation[:, 0]
+            offset, gain_rows, stride = 1.0, tokens, modulation.stride(0)
+            expected = portable_norm(x, None, None, gain[:, None], shift[:, None], 1e-6, torch.bfloat16, mask, width)
+        codes, scales = torch.full((21, 40), -1, dtype=torch.int32), torch.full((21, 5), -1, dtype=torch.int32)
+        kernels.norm_quantize[(3,)](
+            x, gain, shift, x if mask is None else mask, codes, scales, 21, k, k, gain_rows, stride, offset, 1e-6,
+            HAS_MASK=int(mask is not None), HADAMARD=width, LOG2_HADAMARD=width.bit_length() - 1, BLOCK_M=8, BLOCK_U=4,
+        )  # fmt: skip
+        found = (codes.view(torch.uint8), scales.view(torch.uint8).view(21, 5, 4))
+        assert (found[0] != expected[0].view(21, -1)).float().mean() < 1e-3
+        assert (found[1] != expected[1].view(21, 5, 4)).float().mean() < 1e-3
 
     @pytest.fixture(scope="module")
     def planes() -> Planes:
