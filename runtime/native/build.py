@@ -18,6 +18,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hif4c.runtime.errors import Hif4Error
@@ -121,16 +122,12 @@ def compiler_version() -> str:
 
 def _build(compiler: list[str], library: Path) -> None:
     log.info("building the CPU kernels with %s into %s", shlex.join(compiler), library)
-    sources = sorted(str(path) for path in _SOURCES.glob("*.cpp"))
     try:
         scratch = Path(tempfile.mkdtemp(prefix="build-", dir=library.parent))
     except OSError as error:
         raise Hif4Error(f"{library.parent}: cannot be written to ({error.strerror}); {_SET_CACHE}, {_HINT}.") from None
     try:
-        command = [*compiler, *FLAGS, *sources, "-o", str(scratch / "library.so")]
-        result = _run([*command, *_STATIC] if sys.platform == "linux" else command, scratch)
-        if result.returncode != 0 and sys.platform == "linux":  # some systems have no static C++ runtime
-            result = _run(command, scratch)
+        result = _compile(compiler, scratch)
         if result.returncode != 0 or not (scratch / "library.so").is_file():
             raise Hif4Error(
                 f"{shlex.join(compiler)} could not build the native kernels ({_first_error(result)}); "
@@ -140,6 +137,24 @@ def _build(compiler: list[str], library: Path) -> None:
         os.replace(scratch / "library.so", library)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _compile(compiler: list[str], scratch: Path) -> subprocess.CompletedProcess[str]:
+    """Make library.so in `scratch`, a source on each processor; returns the last command, or the first that failed."""
+    sources = sorted(_SOURCES.glob("*.cpp"))
+    objects = [str(scratch / f"{path.stem}.o") for path in sources]
+    commands = [[*compiler, *FLAGS, "-c", str(path), "-o", made] for path, made in zip(sources, objects, strict=True)]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        for result in pool.map(lambda command: _run(command, scratch), commands):
+            if result.returncode != 0:
+                return result
+    link = [*compiler, *FLAGS, *objects, "-o", str(scratch / "library.so")]
+    if sys.platform == "linux":
+        result = _run([*link, *_STATIC], scratch)
+        if result.returncode == 0:
+            return result
+        log.info("%s has no static C++ runtime; linking with the system's", shlex.join(compiler))
+    return _run(link, scratch)
 
 
 def _run(command: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
