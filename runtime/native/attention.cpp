@@ -96,7 +96,8 @@ int attention(const AttentionKernels& kernels, const Rows& q, const Rows& k, con
     run(team, some * tasks, [&](int64_t task, int id) {
       Worker& worker = workers.get()[id];
       const int64_t local = task / tasks, head = first + local, b = head / shape.heads, h = head % shape.heads;
-      const int64_t begin = task % tasks * share * kQueryTile, end = std::min(begin + share * kQueryTile, shape.queries);
+      const int64_t begin = task % tasks * share * kQueryTile;
+      const int64_t end = std::min(begin + share * kQueryTile, shape.queries);
       for (int64_t i = begin; i < ceil_div(end, kQueryTile) * kQueryTile; i++) {
         uint16_t* row = worker.tiles[(i - begin) / kQueryTile].queries[(i - begin) % kQueryTile];
         if (i < end)
