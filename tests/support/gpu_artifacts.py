@@ -56,7 +56,7 @@ def shipped_kernels(target: str) -> list[Entry]:
         arguments = []
         for name in getattr(sources, job.name).arg_names:
             if name not in job.constants:
-                kind = job.pointers.get(name, "i32")
+                kind = job.types.get(name, "i32")
                 wide = kind.startswith("*") or name in gpu_kernels._MULTIPLES_OF_16
                 arguments.append((name, kind, 16 if wide else 1))
         described = properties(
