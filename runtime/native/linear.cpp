@@ -13,9 +13,10 @@ namespace {
 using namespace hif4;
 
 constexpr int64_t kRowBlock = 512;             // input rows expanded at once
-constexpr int64_t kInputBytes = 4 << 20;       // and at most about as many bytes
+constexpr int64_t kInputBytes = 8 << 20;       // and at most about as many bytes
 constexpr int64_t kTileRun = 4;                // tiles that one thread takes one after the other, for few rows
 constexpr int64_t kUnitBlock = 4;              // units of 48 columns expanded at once: 15 KiB, for the first cache
+
 // The kernels of a set, -1 for the best; null for one that this processor cannot run.
 const LinearKernels* kernels_of(int set) {
   set = usable_set(set);
@@ -37,8 +38,8 @@ struct Side {
 int linear(const LinearKernels& kernels, const Packed& input, const Packed& weight, const Side& side,
            const Epilogue& epilogue, const Team& team) {
   const int64_t m = input.n, units = weight.units, kp = ceil_div(units, kUnitBlock) * kUnitBlock * kUnit;
-  const int64_t fitting = std::max<int64_t>(kInputBytes / kp / kRows, 8) * kRows;
-  const int64_t block = std::min(std::min(kRowBlock, fitting), ceil_div(m, kRows) * kRows);
+  const int64_t most = std::min(kRowBlock, std::max<int64_t>(kInputBytes / kp, 64));
+  const int64_t block = ceil_div(ceil_div(m, ceil_div(m, most)), kRows) * kRows;  // about equal blocks
   Scratch<int8_t> values(block * kp);
   Scratch<float> scales(block * kp / kUnit);
   Scratch<int32_t> offsets(block * kp / kUnit);
@@ -55,8 +56,8 @@ int linear(const LinearKernels& kernels, const Packed& input, const Packed& weig
             column + c < weight.n ? side.weight[j * weight.n + column + c] : 0.0f;
   const auto add_side = [&](int64_t row, int64_t count, int64_t column, int tiles, float* acc) {
     if (side.width)
-      kernels.add_side(side.values + row * side.width, side.width, count, side_weight.get() + column * side.width, tiles,
-                       acc);
+      kernels.add_side(side.values + row * side.width, side.width, count, side_weight.get() + column * side.width,
+                       tiles, acc);
   };
   // Expanded rows are laid out [block of units][group of rows][unit of the block], as they are multiplied.
   const int64_t groups = block / kRows;
@@ -161,8 +162,8 @@ int linear(const LinearKernels& kernels, const Packed& input, const Packed& weig
 }  // namespace
 
 // out [m, n] = residual + gate * activation(input [m, units] times weight [n, units] transposed, plus side [m, width]
-// times side_weight [width, n] where the width is not 0, plus bias [n]). Null: left out. Row r of the gate is for
-// gate_rows rows of the output.
+// times side_weight [width, n] where the width is not 0, plus bias [n]); what is null is left out. Row r of the gate is
+// for gate_rows rows of the output.
 HIF4_EXPORT int hif4_linear(const uint8_t* codes, const uint8_t* scales, const uint8_t* w_codes,
                             const uint8_t* w_scales, const float* bias, int gelu, const float* side,
                             const float* side_weight, int64_t width, const float* gate, int64_t gate_rows,
@@ -173,5 +174,6 @@ HIF4_EXPORT int hif4_linear(const uint8_t* codes, const uint8_t* scales, const u
   const Team team = {std::max(1, threads), reinterpret_cast<Parallel>(parallel)};
   const Epilogue epilogue = {bias, gelu != 0, gate, gate_rows, residual, static_cast<Dtype>(residual_dtype),
                              out,  static_cast<Dtype>(dtype), n};
-  return linear(*kernels, {codes, scales, m, units}, {w_codes, w_scales, n, units}, {side, side_weight, width}, epilogue, team);
+  const Packed input = {codes, scales, m, units}, weight = {w_codes, w_scales, n, units};
+  return linear(*kernels, input, weight, {side, side_weight, width}, epilogue, team);
 }

@@ -54,8 +54,8 @@ struct LinearKernels {
   // repeat the last one. Returns a bit for each row with a scale that is NaN among these.
   uint32_t (*expand_tile)(const Packed& weight, int64_t column, int64_t first, int64_t count, uint8_t* values,
                       float* scales);
-  // acc [kRows][kCols] += `count` units of the group times the expanded columns, unit by unit. What it makes of a row or
-  // column with a scale that is NaN is overwritten.
+  // acc [kRows][kCols] += `count` units of the group times the expanded columns, unit by unit. What it makes of a row
+  // or column with a scale that is NaN is overwritten.
   void (*multiply)(const Group& group, int rows, int64_t count, const uint8_t* values,
                    const float* scales, float* acc);
   // acc [kRows][kTile] = the whole product for one tile straight from the packed weight; null where there is none.

@@ -10,22 +10,25 @@ constexpr int bit16(int j) { return 16 + 8 * (j / 8) + 7 - j % 8; }
 
 #if HIF4_VBMI
 struct DecodeTables {
-  uint8_t value[64];        // n + 28 by nibble | E1_16 << 4 | E1_8 << 5
-  uint8_t pairs[64];        // of four runs j: E1_16 at bit 2j, E1_8 at bit 2j + 1, by the bits as they are stored
-  uint8_t stored8[8];       // each byte's 8-bit window of a pair of scale dwords with the E1_8 of four runs from bit 4 on
-  uint8_t stored16[8];      // and with their E1_16 from bit 0 on
-  uint8_t window[8][8];     // for dword i, each byte's window of a pair of dwords of pairs with its run's from bit 4 on
+  uint8_t value[64];     // n + 28 by nibble | E1_16 << 4 | E1_8 << 5
+  uint8_t pairs[64];     // of four runs j: E1_16 at bit 2j, E1_8 at bit 2j + 1, by the bits as they are stored
+  uint8_t stored8[8];    // each byte's window of a pair of scale dwords with the E1_8 of its four runs from bit 4 on
+  uint8_t stored16[8];   // and with their E1_16 from bit 0 on
+  uint8_t window[8][8];  // for dword i, each byte's window of a pair of dwords of pairs with its run's from bit 4 on
   constexpr DecodeTables() : value{}, pairs{}, stored8{}, stored16{}, window{} {
     for (int index = 0; index < 64; index++) {
       const int magnitude = (index & 7) << (((index >> 4) & 1) + ((index >> 5) & 1));
       value[index] = static_cast<uint8_t>(kShift + (index & 8 ? -magnitude : magnitude));
-      for (int j = 0; j < 4; j++)
-        pairs[index] |= static_cast<uint8_t>(((index >> (3 - j)) & 1) << (2 * j) | ((index >> (5 - j / 2)) & 1) << (2 * j + 1));
+      for (int j = 0; j < 4; j++) {
+        const int e16 = (index >> (3 - j)) & 1, e8 = (index >> (5 - j / 2)) & 1;
+        pairs[index] = static_cast<uint8_t>(pairs[index] | e16 << (2 * j) | e8 << (2 * j + 1));
+      }
     }
     for (int b = 0; b < 8; b++) {
-      stored8[b] = static_cast<uint8_t>(32 * (b / 4) + bit8(2 * (b % 4) + 1) - 4);
-      stored16[b] = static_cast<uint8_t>(32 * (b / 4) + bit16(4 * (b % 4) + 3));
-      for (int i = 0; i < 8; i++) window[i][b] = static_cast<uint8_t>((32 * (b / 4) + 2 * (2 * i + b % 4 / 2) - 4) & 63);
+      const int dword = 32 * (b / 4), quarter = b % 4;
+      stored8[b] = static_cast<uint8_t>(dword + bit8(2 * quarter + 1) - 4);
+      stored16[b] = static_cast<uint8_t>(dword + bit16(4 * quarter + 3));
+      for (int i = 0; i < 8; i++) window[i][b] = static_cast<uint8_t>((dword + 2 * (2 * i + quarter / 2) - 4) & 63);
     }
   }
 };
