@@ -123,7 +123,7 @@ class _Store:
         names = [name for name in self._weights.get(number, ()) if self._specs[name].rounding == "gptq"]
         if node.target == "getitem" and names:
             channels = self._checkpoint.shape(str(self._specs[names[0]].source))[1]
-            decoded = (dequantize(*planes, channels, torch.float32).view(-1, channels) for planes in inputs)
+            decoded = (dequantize(codes, scales, channels, torch.float32).view(-1, channels) for codes, scales in inputs)
             self._share(names, _second_moments(decoded, channels))
             return
         for name in names:

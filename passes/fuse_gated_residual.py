@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -15,7 +16,7 @@ __all__ = ["fuse_gated_residual"]
 aten, hif4 = torch.ops.aten, torch.ops.hif4
 ADD, MUL, CAST = aten.add.Tensor, aten.mul.Tensor, aten.to.dtype
 # Positions of `dtype` and `gate` among the arguments; `residual` is the last.
-POSITIONS = {hif4.linear.default: (6, 9), hif4.linear_w4.default: (7, 10)}
+POSITIONS: dict[Any, tuple[int, int]] = {hif4.linear.default: (6, 9), hif4.linear_w4.default: (7, 10)}
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ __all__ = [
 aten, hif4 = torch.ops.aten, torch.ops.hif4
 LINEARS = (hif4.linear.default, hif4.linear_w4.default)
 """The fused 4-bit linears."""
-QUANTIZERS = {hif4.quantize.default: (1, 2), hif4.norm_quantize.default: (7, 8)}
+QUANTIZERS: dict[Any, tuple[int, int]] = {hif4.quantize.default: (1, 2), hif4.norm_quantize.default: (7, 8)}
 """What quantizes, with the positions of mask and rotation among its arguments."""
 
 
