@@ -1,7 +1,7 @@
 """Kernels on the GPU against the portable operators and fp64: every shipped binary, Triton's own, and the library."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from hif4c.runtime.gpu.jit import Jit
 from hif4c.runtime.gpu.launcher import Backend, Bundled
 from hif4c.runtime.gpu.operators import Operators
 from hif4c.runtime.gpu.products import Planes, Product
-from hif4c.runtime.gpu.tuning import Tuner, measure_on_device
+from hif4c.runtime.gpu.tuning import Candidate, Tuner, measure_on_device
 from tests.support.gpu_tuners import Picked
 
 GOLDEN = Path(__file__).parents[1] / "data" / "hif4_golden.safetensors"
@@ -86,13 +86,39 @@ def test_quantize_of_tails_and_strides(operators: Operators, device: torch.devic
         assert torch.equal(plane.cpu(), portable)
 
 
-def test_norm_quantize_differs_by_code_flips_only(operators: Operators, device: torch.device) -> None:
+@pytest.mark.parametrize("hadamard", [0, 64])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("modulated", [False, True])
+def test_norm_quantize_differs_by_code_flips_only(
+    backend: Backend, device: torch.device, modulated: bool, masked: bool, hadamard: int
+) -> None:
     """The order of the norm's sums may move a value to the next bf16, and that a code; almost none."""
-    x, scale, shift = randn(2, 300, 1536, device=device).bfloat16(), *randn(2, 2, 1, 1536, device=device)
-    found = operators.norm_quantize(x, None, None, scale, shift, 1e-6, torch.bfloat16)
-    expected = rows.norm_quantize(x.cpu(), None, None, scale.cpu(), shift.cpu(), 1e-6, torch.bfloat16)
-    differ = sum(int((a.cpu() != b).sum()) for a, b in zip(found, expected, strict=True))
-    assert differ < 0.01 * sum(plane.numel() for plane in expected)
+    x, modulation = randn(2, 300, 1536, device=device).bfloat16(), randn(2, 6, 1536, device=device, seed=1)
+    scale, shift = (modulation[:, 1:2], modulation[:, :1]) if modulated else (None, None)
+    own = (None, None) if modulated else (modulation[0, 2], modulation[0, 3])
+    mask = randn(1536, device=device, seed=2).abs() + 0.1 if masked else None
+    end = (1e-6, torch.bfloat16)
+    arguments = (x, *own, scale, shift)
+    expected = rows.norm_quantize(
+        *(None if item is None else item.cpu() for item in arguments), *end, None if mask is None else mask.cpu(),
+        hadamard,
+    )  # fmt: skip
+    names = []
+
+    class Each(Picked):
+        def choose(self, key: str, candidates: Sequence[Candidate], *rest: Any) -> Candidate:
+            if key.startswith("norm_quantize"):
+                names.extend(item.name for item in candidates)
+                self.prefix = "separate" if separate else ""
+            else:
+                self.prefix = ""
+            return super().choose(key, candidates, *rest)
+
+    for separate in (False, True):
+        found = Operators(backend, lambda _: Each()).norm_quantize(*arguments, *end, mask, hadamard)
+        differ = sum(int((a.cpu() != b).sum()) for a, b in zip(found, expected, strict=True))
+        assert differ < 0.01 * sum(plane.numel() for plane in expected), separate
+    assert len(set(names)) >= 2, "a kernel, and the two steps apart"
 
 
 def epilogue(name: str, m: int, n: int, device: torch.device) -> Epilogue:
@@ -144,7 +170,9 @@ def test_every_shipped_binary_is_reached(shipped: Artifact, driver: Driver, devi
     for dtype in (torch.bfloat16, torch.float32):
         for hadamard in (0, 64, 128, 256, 512, 1024):
             for mask in (None, torch.ones(1024, device=device)):
-                operators.quantize(torch.ones(64, 1024, dtype=dtype, device=device), mask, hadamard)
+                x = randn(64, 1024, device=device).to(dtype)
+                operators.quantize(x, mask, hadamard)
+                operators.norm_quantize(x, None, None, None, None, 1e-6, torch.bfloat16, mask, hadamard)
     torch.cuda.synchronize()
     files = {path.rsplit("/", 1)[-1] for path in shipped.files if not path.endswith(".json")}
     assert {file for _, file in backend._functions} == files

@@ -316,6 +316,7 @@ def test_malformed_properties_are_refused(changed: dict[str, Any]) -> None:
     [
         ("quantize", {"BLOCK_M": 64, "BLOCK_U": 1}, {"M": 65, "K": 200}, (2, 4, 1)),
         ("quantize", {"BLOCK_M": 64, "BLOCK_U": 4}, {"M": 64, "K": 320}, (1, 2, 1)),
+        ("norm_quantize", {"BLOCK_M": 8, "BLOCK_U": 4}, {"M": 65, "K": 5120}, (9, 1, 1)),
         ("expand_bf16", {"BLOCK_R": 64, "BLOCK_U": 2}, {"R": 129, "U": 3}, (3, 2, 1)),
         ("linear_int8", {"BLOCK_M": 128, "BLOCK_N": 64}, {"M": 32760, "N": 5120}, (256 * 80, 1, 1)),
         ("linear_bf16", {"BLOCK_M": 128, "BLOCK_N": 256}, {"M": 1, "N": 16}, (1, 1, 1)),

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -183,8 +184,30 @@ def test_every_shipped_binary_is_reached(stub: Stub, tmp_path: Path, target: str
     for dtype in (torch.bfloat16, torch.float32):
         for width in (0, 64, 128, 256, 512, 1024):
             for mask in (None, torch.ones(1024)):
-                recorded.operators.quantize(torch.zeros(16, 1024, dtype=dtype), mask, width)
+                x = torch.zeros(16, 1024, dtype=dtype)
+                recorded.operators.quantize(x, mask, width)
+                recorded.operators.norm_quantize(x, None, None, None, None, 1e-6, torch.bfloat16, mask, width)
     assert {launch.function for launch in stub.launches} == set(recorded.entries)
+
+
+@needs_triton
+def test_a_norm_reads_its_modulation_in_place(stub: Stub, tmp_path: Path) -> None:
+    recorded = Recorded(stub, tmp_path, "cuda-sm80", (8, 0))
+    x, modulation = torch.randn(2, 35, 128).bfloat16(), torch.randn(2, 6, 128)
+    scale, shift = modulation[:, 1:2], modulation[:, :1]
+    codes, scales = recorded.operators.norm_quantize(x, None, None, scale, shift, 1e-6, torch.bfloat16)
+    ((name, values),) = recorded.launches
+    assert re.fullmatch(r"norm_quantize_\d+x\d+_w\d+_bf16_cubin", name)
+    pointers = [values[key] for key in ("x_ptr", "gain_ptr", "shift_ptr", "codes_ptr", "scales_ptr")]
+    assert pointers == [tensor.data_ptr() for tensor in (x, scale, shift, codes, scales)]
+    numbers = {key: values[key] for key in ("M", "K", "x_stride", "gain_rows", "gain_stride")}
+    assert numbers == {"M": 70, "K": 128, "x_stride": 128, "gain_rows": 35, "gain_stride": 6 * 128}
+    as_bits = [int.from_bytes(struct.pack("<f", value), "little") for value in (1.0, 1e-6)]
+    assert [values["offset"], values["eps"]] == as_bits
+    assert recorded.tuner.offered[-1] == "separate"
+    # A weight and a modulation: the norm is torch's, and its result is quantized.
+    recorded.operators.norm_quantize(x, torch.ones(128), None, scale, shift, 1e-6, torch.bfloat16)
+    assert recorded.launches[-1][0].startswith("quantize_")
 
 
 @needs_triton
