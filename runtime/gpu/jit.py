@@ -81,8 +81,6 @@ class Jit:
         elif name == "norm_quantize":
             rows, units, warps = (8, 4, 4) if constants["HADAMARD"] <= 256 else (4, 16, 8)
             tiles = [({"BLOCK_M": rows, "BLOCK_U": units}, warps, 1)]
-        elif name == "norm_quantize" and constants["HADAMARD"] <= 256:
-            tiles = [({"BLOCK_M": 8, "BLOCK_U": 4}, 4, 1)]
         else:
             return []
         prefix = "packed_" if constants.get("PACKED") else ""

@@ -219,8 +219,6 @@ def grid_of(kernel: Kernel, values: Mapping[str, Value]) -> tuple[int, int, int]
         grid = (blocks(number("R"), "BLOCK_R"), blocks(number("U"), "BLOCK_U"), 1)
     elif kernel.name in ("linear_int8", "linear_bf16"):
         grid = (blocks(number("M"), "BLOCK_M") * blocks(number("N"), "BLOCK_N"), 1, 1)
-    elif kernel.name == "norm_quantize":
-        grid = (blocks(number("M"), "BLOCK_M"), 1, 1)
     else:
         raise Hif4Error(f"{kernel.name}: this hif4c knows no such kernel; upgrade it or use kernels='portable'.")
     if any(not 0 < size <= limit for size, limit in zip(grid, _MAX_GRID, strict=True)):
