@@ -123,8 +123,8 @@ class _Store:
         names = [name for name in self._weights.get(number, ()) if self._specs[name].rounding == "gptq"]
         if node.target == "getitem" and names:
             channels = self._checkpoint.shape(str(self._specs[names[0]].source))[1]
-            decoded = (dequantize(codes, scales, channels, torch.float32).view(-1, channels) for codes, scales in inputs)
-            self._share(names, _second_moments(decoded, channels))
+            rows = (dequantize(codes, scales, channels, torch.float32).view(-1, channels) for codes, scales in inputs)
+            self._share(names, _second_moments(rows, channels))
             return
         for name in names:
             self._share([name], self._unrounded_moments(self._relaxed[name], inputs))
