@@ -368,7 +368,8 @@ def test_commands_show_the_second_program(stepwise):
     assert "hif4.linear_w4" not in overview
     block = output("inspect", path, "--block", "1", "--variant", "bf16")
     assert block.count("hif4.linear_w4(") == 10
-    assert "hif4.quantize(" not in block
+    assert "quantize(" not in block
+    assert block.count("hif4.norm(") == 3
     assert "blocks.0." not in block
     whole = output("inspect", path, "--variant", "bf16")
     assert whole.count("hif4.linear_w4(") == 20
