@@ -5,9 +5,12 @@ What takes turns is one call of the transformer with one video, in this process;
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -178,17 +181,34 @@ def profile_operators(call: Call) -> list[tuple[str, int, float]]:
 
     Operators are those that Python calls: what they call themselves is part of them.
     """
-    # Without Kineto, which prints on stderr.
-    with torch.autograd.profiler.profile(use_kineto=False) as profile:
-        started = time.perf_counter()
-        call()
-        total = time.perf_counter() - started
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with _silent():
+        with torch.profiler.profile(activities=activities):
+            torch.ones(1)  # what the profiler does when it is first used is no part of a step
+        with torch.profiler.profile(activities=activities) as profile:
+            started = time.perf_counter()
+            call()
+            total = time.perf_counter() - started
     seconds: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for event in profile.function_events:
+    for event in profile.events():
         if event.cpu_parent is None and "::" in event.name:
             seconds[event.name] += event.cpu_time_total * 1e-6
             counts[event.name] += 1
     rows: Sequence[tuple[str, int, float]] = [(name, counts[name], seconds[name]) for name in seconds]
     outside = ("", 0, max(0.0, total - sum(seconds.values())))
     return sorted([*rows, outside], key=lambda row: -row[2])
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing reaches stderr: torch's profiler announces itself there, from C++."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
