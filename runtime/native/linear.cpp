@@ -14,7 +14,7 @@ using namespace hif4;
 
 constexpr int64_t kRowBlock = 512;             // input rows expanded at once
 constexpr int64_t kInputBytes = 8 << 20;       // and at most about as many bytes
-constexpr int64_t kTileRun = 4;                // tiles that one thread takes one after the other, for few rows
+constexpr int64_t kFewRun = 2;                 // calls for few rows that one thread makes for columns side by side
 constexpr int64_t kUnitBlock = 4;              // units of 48 columns expanded at once: 15 KiB, for the first cache
 
 // The kernels of a set, -1 for the best; null for one that this processor cannot run.
@@ -45,8 +45,8 @@ int linear(const LinearKernels& kernels, const Packed& input, const Packed& weig
   Scratch<int32_t> offsets(block * kp / kUnit);
   Scratch<bool> row_nan(block);
   if (!values.ok() || !scales.ok() || !offsets.ok() || !row_nan.ok()) return kNoMemory;
-  // The branch's weight by tiles, [tiles][width][kTile], with zeros from column n to a multiple of kCols.
-  const int64_t padded = ceil_div(weight.n, kCols) * kCols;
+  // The branch's weight by tiles, [tiles][width][kTile], with zeros from column n to a multiple of what is multiplied.
+  const int64_t padded = ceil_div(weight.n, kCols * kFewTiles) * kCols * kFewTiles;
   Scratch<float> side_weight(padded * side.width);
   if (!side_weight.ok()) return kNoMemory;
   for (int64_t column = 0; column < padded; column += kTile)
@@ -81,15 +81,16 @@ int linear(const LinearKernels& kernels, const Packed& input, const Packed& weig
   if (kernels.few_rows && m <= kRows) {
     expand(0, m, 0);
     const Group group = group_at(0, 0);
-    const int64_t tiles = ceil_div(weight.n, kTile);
-    run(team, ceil_div(tiles, kTileRun), [&](int64_t task, int) {
-      for (int64_t tile = task * kTileRun; tile < std::min((task + 1) * kTileRun, tiles); tile++) {
-        float acc[kRows * kTile];
-        const int64_t column = tile * kTile;
+    constexpr int64_t kWidth = kFewTiles * kTile;
+    const int64_t steps = ceil_div(weight.n, kWidth);
+    run(team, ceil_div(steps, kFewRun), [&](int64_t task, int) {
+      for (int64_t step = task * kFewRun; step < std::min((task + 1) * kFewRun, steps); step++) {
+        alignas(64) float acc[kRows * kWidth];
+        const int64_t column = step * kWidth;
         kernels.few_rows(group, static_cast<int>(m), weight, column, acc);
-        add_side(0, m, column, 1, acc);
+        add_side(0, m, column, kFewTiles, acc);
         for (int64_t i = 0; i < m; i++)
-          kernels.finish(epilogue, i, column, std::min<int64_t>(kTile, weight.n - column), acc + i * kTile);
+          kernels.finish(epilogue, i, column, std::min(kWidth, weight.n - column), acc + i * kWidth);
       }
     });
     return kDone;

@@ -13,6 +13,7 @@ namespace hif4 {
 constexpr int kQuads = 16;      // runs of 4 channels: one int32 lane of a byte dot product, one micro-exponent
 constexpr int kRows = 8;        // input rows multiplied together: a group
 constexpr int kTile = 16;       // weight rows (output columns) decoded together
+constexpr int kFewTiles = 2;     // tiles that few rows are multiplied with together
 constexpr int kCols = 48;       // output columns multiplied together
 constexpr int kShift = 28;      // added to the weight's integers
 constexpr int kTables = 4;      // floats for each scale of an expanded column: room for what a set derives from it
@@ -58,7 +59,8 @@ struct LinearKernels {
   // or column with a scale that is NaN is overwritten.
   void (*multiply)(const Group& group, int rows, int64_t count, const uint8_t* values,
                    const float* scales, float* acc);
-  // acc [kRows][kTile] = the whole product for one tile straight from the packed weight; null where there is none.
+  // acc [kRows][kFewTiles][kTile] = the whole product for some tiles straight from the packed weight, which may end
+  // before them; null where there is none.
   void (*few_rows)(const Group& group, int rows, const Packed& weight, int64_t column, float* acc);
   // acc [rows][tiles][kTile] += side [rows][width] times weight [tiles][width][kTile], one j of width after the other;
   // product and sum are rounded each by itself, so that products beyond fp32's range too are those of other sets.

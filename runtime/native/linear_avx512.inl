@@ -14,8 +14,8 @@ struct DecodeTables {
   uint8_t pairs[64];     // of four runs j: E1_16 at bit 2j, E1_8 at bit 2j + 1, by the bits as they are stored
   uint8_t stored8[8];    // each byte's window of a pair of scale dwords with the E1_8 of its four runs from bit 4 on
   uint8_t stored16[8];   // and with their E1_16 from bit 0 on
-  uint8_t window[8][8];  // for dword i, each byte's window of a pair of dwords of pairs with its run's from bit 4 on
-  constexpr DecodeTables() : value{}, pairs{}, stored8{}, stored16{}, window{} {
+  uint8_t spread[4][16];  // for two dwords of codes, the byte of each dword of pairs that has their runs, four times
+  constexpr DecodeTables() : value{}, pairs{}, stored8{}, stored16{}, spread{} {
     for (int index = 0; index < 64; index++) {
       const int magnitude = (index & 7) << (((index >> 4) & 1) + ((index >> 5) & 1));
       value[index] = static_cast<uint8_t>(kShift + (index & 8 ? -magnitude : magnitude));
@@ -28,8 +28,8 @@ struct DecodeTables {
       const int dword = 32 * (b / 4), quarter = b % 4;
       stored8[b] = static_cast<uint8_t>(dword + bit8(2 * quarter + 1) - 4);
       stored16[b] = static_cast<uint8_t>(dword + bit16(4 * quarter + 3));
-      for (int i = 0; i < 8; i++) window[i][b] = static_cast<uint8_t>((dword + 2 * (2 * i + quarter / 2) - 4) & 63);
     }
+    for (int b = 0; b < 64; b++) spread[b / 16][b % 16] = static_cast<uint8_t>(b % 16 / 4 * 4 + b / 16);
   }
 };
 constexpr DecodeTables kDecode;
@@ -54,10 +54,21 @@ HIF4_TARGET HIF4_INLINE __m512i exponents_of(__m512i meta) {
 HIF4_TARGET HIF4_INLINE __m512i exponents_of(__m512i meta) { return meta; }
 #endif
 
+#if HIF4_VBMI
+// The exponents of dword i's runs at bits 4 and 5 of their bytes. Shifting words that repeat a byte rotates it, and
+// unlike a multishift leaves the pipes of the dot products alone.
+HIF4_TARGET HIF4_INLINE __m512i exponents_at(__m512i exponents, int i) {
+  const __m128i spread = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kDecode.spread[i / 2]));
+  const __m512i runs = _mm512_shuffle_epi8(exponents, _mm512_broadcast_i32x4(spread));
+  return i % 2 ? _mm512_srlv_epi16(runs, _mm512_set1_epi32(2 << 16))
+               : _mm512_sllv_epi16(runs, _mm512_set1_epi32(4 | 2 << 16));
+}
+#endif
+
 // Dword i of the codes of 16 columns, with their exponents_of, to the weight bytes of quads 2i and 2i + 1.
 HIF4_TARGET HIF4_INLINE void decode(__m512i codes, __m512i exponents, int i, __m512i* low, __m512i* high) {
 #if HIF4_VBMI
-  const __m512i value = _mm512_loadu_si512(kDecode.value), e = windows(kDecode.window[i], exponents);
+  const __m512i value = _mm512_loadu_si512(kDecode.value), e = exponents_at(exponents, i);
   *low = _mm512_permutexvar_epi8(nibbles(codes, e), value);
   *high = _mm512_permutexvar_epi8(nibbles(_mm512_srli_epi32(codes, 4), e), value);
 #else
@@ -111,18 +122,16 @@ HIF4_TARGET HIF4_INLINE void load_codes(const Rows& rows, int64_t unit, __m512i 
   __m512i z[2][4];
   for (int half = 0; half < 2; half++)
     for (int k = 0; k < 4; k++) {
-      const uint8_t* a = rows.codes[4 * half + k] + unit * kUnitBytes;
-      const uint8_t* b = rows.codes[4 * half + k + 8] + unit * kUnitBytes;
+      const uint8_t* a = rows.codes[8 * half + k] + unit * kUnitBytes;
+      const uint8_t* b = rows.codes[8 * half + k + 4] + unit * kUnitBytes;
       z[half][k] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a))),
                                       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1);
     }
-  transpose4(z[0]);  // lanes: rows 0-3 dword k, rows 0-3 dword k + 4, rows 8-11 dword k, rows 8-11 dword k + 4
-  transpose4(z[1]);  // the same of rows 4-7 and 12-15
-  const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
-  const __m512i high = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+  transpose4(z[0]);  // lanes: rows 0-3 dword k, rows 0-3 dword k + 4, rows 4-7 dword k, rows 4-7 dword k + 4
+  transpose4(z[1]);  // the same of rows 8-11 and 12-15
   for (int k = 0; k < 4; k++) {
-    out[k] = _mm512_permutex2var_epi64(z[0][k], low, z[1][k]);
-    out[k + 4] = _mm512_permutex2var_epi64(z[0][k], high, z[1][k]);
+    out[k] = _mm512_shuffle_i64x2(z[0][k], z[1][k], 0x88);      // lanes 0 and 2 of both
+    out[k + 4] = _mm512_shuffle_i64x2(z[0][k], z[1][k], 0xDD);  // lanes 1 and 3
   }
 }
 
@@ -247,46 +256,60 @@ HIF4_TARGET void expand_rows(const Packed& rows, int64_t row, int64_t first, int
   }
 }
 
-// Few rows read each weight once, so it is decoded into registers and multiplied there.
+// Few rows read each weight once, so it is decoded into registers and multiplied there, for two tiles at once: an input
+// byte that is loaded for one tile alone keeps the load ports as busy as the dot products do theirs.
 template <int ROWS>
 HIF4_TARGET void multiply_packed(const Group& group, const Packed& weight, int64_t column, float* acc) {
-  const Rows rows = rows_from(weight, column);
-  // A processor does not foresee 16 streams that end with every tile: the next tile's bytes are fetched meanwhile.
-  const int64_t next = column + kTile < weight.n ? column + kTile : column;
+  static_assert(kFewTiles == 2, "the sums of two tiles are in registers");
+  const Rows rows[2] = {rows_from(weight, column), rows_from(weight, column + kTile)};
+  // A processor does not foresee 32 streams that end with every call: the next columns' bytes are fetched meanwhile.
+  const int64_t next = column + 2 * kTile < weight.n ? column + 2 * kTile : column;
   const uint8_t* ahead = weight.codes + next * weight.units * kUnitBytes;
   const uint8_t* ahead_scales = weight.scales + next * weight.units * kScaleBytes;
-  __m512i metas[4];
-  __m512 total[ROWS];
-  for (int i = 0; i < ROWS; i++) total[i] = _mm512_setzero_ps();
+  __m512i metas[2][4];
+  for (int i = 0; i < 2 * ROWS; i++) _mm512_storeu_ps(acc + i * kTile, _mm512_setzero_ps());
   for (int64_t u = 0; u < weight.units; u++) {
-    if (u % 4 == 0) load_scales(rows, u, weight.units - u, metas);
-    const __m512i meta = metas[u % 4], exponents = exponents_of(meta);
-    __m512i codes[8], dot[ROWS];
-    for (int i = 0; i < kTile * kUnitBytes; i += 64) __builtin_prefetch(ahead + u * kTile * kUnitBytes + i, 0, 2);
-    __builtin_prefetch(ahead_scales + u * kTile * kScaleBytes, 0, 2);
-    load_codes(rows, u, codes);
-    for (int i = 0; i < ROWS; i++) dot[i] = _mm512_set1_epi32(group.offsets[u * kRows + i]);
+    __m512i codes[2][8], exponents[2], dot[ROWS][2];
+    for (int i = 0; i < 2 * kTile * kUnitBytes; i += 64)
+      __builtin_prefetch(ahead + u * 2 * kTile * kUnitBytes + i, 0, 2);
+    for (int i = 0; i < 2 * kTile * kScaleBytes; i += 64)
+      __builtin_prefetch(ahead_scales + u * 2 * kTile * kScaleBytes + i, 0, 2);
+#pragma GCC unroll 2
+    for (int t = 0; t < 2; t++) {
+      if (u % 4 == 0) load_scales(rows[t], u, weight.units - u, metas[t]);
+      exponents[t] = exponents_of(metas[t][u % 4]);
+      load_codes(rows[t], u, codes[t]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; i++) dot[i][0] = dot[i][1] = _mm512_set1_epi32(group.offsets[u * kRows + i]);
     const int8_t* a = group.values + u * kUnit * kRows;
 #pragma GCC unroll 8
     for (int k = 0; k < 8; k++) {
-      __m512i low, high;
-      decode(codes[k], exponents, k, &low, &high);
+      __m512i w[2][2];
+#pragma GCC unroll 2
+      for (int t = 0; t < 2; t++) decode(codes[t][k], exponents[t], k, &w[0][t], &w[1][t]);
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+          int32_t quad;
+          memcpy(&quad, a + ((k * 2 + half) * kRows + i) * 4, 4);
+          const __m512i x = _mm512_set1_epi32(quad);
+          dot[i][0] = _mm512_dpbusd_epi32(dot[i][0], w[half][0], x);
+          dot[i][1] = _mm512_dpbusd_epi32(dot[i][1], w[half][1], x);
+        }
+    }
+#pragma GCC unroll 2
+    for (int t = 0; t < 2; t++) {
+      const __m512 w_scale = scales_of(metas[t][u % 4]);
 #pragma GCC unroll 8
       for (int i = 0; i < ROWS; i++) {
-        int32_t quad[2];
-        memcpy(quad, a + k * 2 * kRows * 4 + i * 4, 4);
-        memcpy(quad + 1, a + (k * 2 + 1) * kRows * 4 + i * 4, 4);
-        dot[i] = _mm512_dpbusd_epi32(dot[i], low, _mm512_set1_epi32(quad[0]));
-        dot[i] = _mm512_dpbusd_epi32(dot[i], high, _mm512_set1_epi32(quad[1]));
+        float* sum = acc + (2 * i + t) * kTile;
+        const __m512 term = _mm512_mul_ps(_mm512_set1_ps(group.scales[u * kRows + i]), w_scale);
+        _mm512_storeu_ps(sum, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[i][t]), term, _mm512_loadu_ps(sum)));
       }
     }
-    const __m512 w_scale = scales_of(meta);
-    for (int i = 0; i < ROWS; i++) {
-      const __m512 term = _mm512_mul_ps(_mm512_set1_ps(group.scales[u * kRows + i]), w_scale);
-      total[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[i]), term, total[i]);
-    }
   }
-  for (int i = 0; i < ROWS; i++) _mm512_storeu_ps(acc + i * kTile, total[i]);
 }
 
 HIF4_TARGET void few_rows(const Group& group, int rows, const Packed& weight, int64_t column, float* acc) {

@@ -87,7 +87,7 @@ HIF4_INLINE void finish_columns(const Epilogue& e, int64_t row, int64_t column, 
 
 HIF4_INLINE void finish_row(const Epilogue& e, int64_t row, int64_t column, int64_t count, float* y) {
   if (count == kCols) return finish_columns(e, row, column, kCols, y);  // whole vectors
-  if (count == kTile) return finish_columns(e, row, column, kTile, y);
+  if (count == kFewTiles * kTile) return finish_columns(e, row, column, kFewTiles * kTile, y);
   finish_columns(e, row, column, count, y);
 }
 
