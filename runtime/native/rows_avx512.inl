@@ -5,9 +5,11 @@
 // loading costs least: a layout says which bit of the lane's number each bit of the run's number is.
 
 struct Bfloat16Layout {
+  static constexpr int64_t kBytes = 2;
   static constexpr int kBit[4] = {0, 2, 3, 1};
 };
 struct Float32Layout {
+  static constexpr int64_t kBytes = 4;
   static constexpr int kBit[4] = {2, 3, 0, 1};
 };
 
@@ -249,7 +251,7 @@ HIF4_TARGET HIF4_INLINE void rotate_units(Units* units, int count, Rotation rota
 template <typename Layout, bool MASK, bool ROTATE>
 HIF4_TARGET void quantize_row(const void* x, const float* mask, Rotation rotation, int64_t k, uint8_t* codes,
                               uint8_t* scales) {
-  constexpr int64_t kBytes = sizeof(Layout) && Layout::kBit[0] == 0 ? 2 : 4;
+  constexpr int64_t kBytes = Layout::kBytes, kAhead = 4096;
   const int64_t whole = k / kUnit, total = (k + kUnit - 1) / kUnit;
   const bool wide = ROTATE && rotation.width > kUnit;
   alignas(64) uint8_t tail[kUnit * kBytes] = {};
@@ -260,6 +262,9 @@ HIF4_TARGET void quantize_row(const void* x, const float* mask, Rotation rotatio
     const int count = static_cast<int>(total - start < 16 ? total - start : 16);
     for (int u = 0; u < count; u++) {
       const int64_t at = start + u;
+      if (MASK)  // its own stream of reads keeps the processor from foreseeing the one from memory
+        for (int64_t byte = 0; byte < kUnit * kBytes; byte += 64)
+          __builtin_prefetch(static_cast<const uint8_t*>(x) + at * kUnit * kBytes + kAhead + byte);
       Unit unit;
       load_unit(Layout(), at < whole ? static_cast<const uint8_t*>(x) + at * kUnit * kBytes : tail, &unit);
       if (MASK)
