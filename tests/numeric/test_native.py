@@ -360,6 +360,17 @@ def test_unfit_arguments_are_refused_as_by_the_portable_ones(library: Library):
         with pytest.raises(Hif4Error) as expected:
             portable.quantize(*arguments)
         assert str(found.value) == str(expected.value)
+    codes, scales = planes
+    for bad in (
+        (codes, scales[:3], *planes), (codes[:, :64], scales[:, :2], *planes), (codes.int(), scales, *planes),
+        (*planes, codes[0], scales[0]), (*planes, codes, scales[:, :3]), (codes[:, :16], scales, codes[:, :16], scales),
+        (codes[0, 0], scales, *planes), (*planes, *planes, torch.ones(4, 1)), (*planes, *planes, None, "relu"),
+    ):  # fmt: skip
+        with pytest.raises(Hif4Error) as found:
+            library.linear(*bad)
+        with pytest.raises(Hif4Error) as expected:
+            reference.linear(*bad)
+        assert str(found.value) == str(expected.value)
     with pytest.raises(Hif4Error, match="bias must have shape"):
         library.linear(*planes, *planes, torch.ones(5))
     with pytest.raises(Hif4Error, match="float64"):
