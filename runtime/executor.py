@@ -7,6 +7,7 @@ computed in every call: what is kept would belong to the stream on which it was 
 
 from __future__ import annotations
 
+import copy
 import operator
 import threading
 from collections import OrderedDict
@@ -36,6 +37,7 @@ class Executor:
 
     def __init__(self, graph: Graph, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         self.graph = graph
+        self.device = device
         self.tensors = [tensors[item.name] for item in graph.tensors]
         self._steps = _schedule(graph, device)
         self._outputs = [ref.index for ref in graph.outputs]
@@ -50,6 +52,12 @@ class Executor:
         ]
         self._of_sizes: OrderedDict[tuple[int, ...], list[tuple[int, Any]]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Executor:
+        """The program on copied tensors. What is kept is not copied, and its lock cannot be."""
+        tensors = copy.deepcopy(self.tensors, memo)
+        names = (item.name for item in self.graph.tensors)
+        return Executor(self.graph, dict(zip(names, tensors, strict=True)), self.device)
 
     @torch.no_grad()
     def __call__(self, *inputs: torch.Tensor) -> list[Any]:

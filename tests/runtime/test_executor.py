@@ -1,3 +1,4 @@
+import copy
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -207,3 +208,15 @@ def test_a_program_without_sizes_keeps_nothing():
     executor = Executor(chain(), {"w": torch.randn(4)}, CPU)
     executor(torch.randn(4))
     assert not executor._of_sizes
+
+
+def test_a_copy_has_tensors_of_its_own():
+    table = torch.randn(9, 4)
+    executor = Executor(by_sizes(), {"w": table}, CPU)
+    x = torch.randn(3, 4)
+    executor(x)
+    made = copy.deepcopy(executor)
+    expected = x + 2 * table[:3]
+    table.zero_()
+    assert torch.equal(made(x)[0], expected)
+    assert made.tensors[0] is not table
