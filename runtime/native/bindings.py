@@ -39,7 +39,8 @@ class Library:
         self.linears = LinearKernel(self)
         self.rows = RowKernels(self)
         self.instruction_set: int = library.hif4_instruction_set()
-        self._check()
+        with torch.device("cpu"):  # whatever default the user has set
+            self._check()
 
     def operators(self) -> dict[str, Callable[..., Any]]:
         """What stands in for the portable operators on the CPU: name in the `hif4` namespace -> function."""
@@ -65,7 +66,7 @@ class Library:
     def _check(self) -> None:
         """A small quantization and products, compared with the portable ones: what a bad compiler would break."""
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(11, 320, generator=generator)
+        x = torch.randn(11, 320, generator=generator, dtype=torch.float32)
         same = all(map(torch.equal, self.quantize(x, None, 64), hif4_format.quantize(x, None, 64)))
         same &= self.rows.agree()
         same &= self.linears.agrees()
@@ -81,8 +82,8 @@ class Library:
 def _torch_openmp() -> int | None:
     """Address of GOMP_parallel in the OpenMP runtime that torch is linked with; None for a torch without one.
 
-    Two pools of threads would wait for each other's busy threads; with torch's own there is one, which also behaves
-    after a fork, and under `torch.set_num_threads`, as torch's operators do.
+    Two pools of threads would wait for each other's busy threads; with torch's own there is one, and these kernels do
+    what torch's operators do under `torch.set_num_threads` and after a fork.
     """
     directory = Path(torch.__file__).parent / "lib"
     for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):

@@ -92,7 +92,7 @@ class LinearKernel:
     def agrees(self) -> bool:
         """Whether small products are the portable ones: what a bad compiler would break."""
         generator = torch.Generator().manual_seed(1)
-        x, w = torch.randn(11, 320, generator=generator), torch.randn(50, 320, generator=generator)
+        x, w = (torch.randn(rows, 320, generator=generator, dtype=torch.float32) for rows in (11, 50))
         planes, weight = hif4_format.quantize(x), hif4_format.quantize(w)
         for rows in (3, 11):  # few rows have a kernel of their own
             arguments: tuple[Any, ...] = (planes[0][:rows], planes[1][:rows], *weight, w[:, 7])

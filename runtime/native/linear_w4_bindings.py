@@ -95,7 +95,7 @@ class NativeLinearW4:
     def agrees(self) -> bool:
         """Whether small products, of few rows and of more, are the portable ones: what a bad compiler would break."""
         generator = torch.Generator().manual_seed(0)
-        x, w = torch.randn(11, 320, generator=generator), torch.randn(50, 320, generator=generator)
+        x, w = (torch.randn(rows, 320, generator=generator, dtype=torch.float32) for rows in (11, 50))
         weight, bias = hif4_format.quantize(w), w[:, 0]
         same = True
         for rows in (3, 11):

@@ -198,7 +198,7 @@ class RowKernels:
     def agree(self) -> bool:
         """Whether a small norm and a small embedding are the portable ones: what a bad compiler would break."""
         generator = torch.Generator().manual_seed(0)
-        x, factor = (torch.randn(2, tokens, 192, generator=generator) for tokens in (3, 1))
+        x, factor = (torch.randn(2, tokens, 192, generator=generator, dtype=torch.float32) for tokens in (3, 1))
         arguments = (x, factor[0, 0], None, factor, factor, 1e-6, torch.float32)
         planes = self.norm_quantize(*arguments)
         same = all(map(torch.equal, planes, hif4_format.quantize(self.norm(*arguments))))

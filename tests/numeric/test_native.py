@@ -408,6 +408,16 @@ def test_the_operators_are_the_native_kernels(monkeypatch: pytest.MonkeyPatch):
     assert len(calls) == 4
 
 
+def test_a_library_loads_whatever_defaults_the_user_has_set():
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            with torch.device("meta"):
+                Library(find_library())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.usefixtures("enabled")
 def test_opcheck_and_export_with_the_native_kernels():
     x, weight, bias = make(2, 5, 200), portable.quantize(make(12, 200, seed=1)), make(12, seed=2)
