@@ -63,10 +63,7 @@ class Jit:
             return []
         known = set(function.arg_names)
         taken = {key: number for key, number in constants.items() if key in known}
-        wgmma = (
-            device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] in (9, 10)
-        )
-        extra = {"MAGIC": int(not wgmma), "GROUP_M": 8}
+        extra = {"MAGIC": int(not _has_wgmma(device)), "GROUP_M": 8}
         taken.update({key: number for key, number in extra.items() if key in known and key not in taken})
         tiles: list[tuple[dict[str, int], int, int]]
         if name.startswith("linear"):

@@ -293,7 +293,7 @@ def _equal_inputs(
         yield aligned_rows(x), factors, hadamard
     if hadamard > 1:
         if factors is None:
-            yield aligned_rows(x), torch.ones(k, device=x.device), hadamard
+            yield aligned_rows(x), torch.ones(k, dtype=torch.float32, device=x.device), hadamard
         x = block_hadamard(x.float() if factors is None else x * factors, hadamard)
         factors = None
         yield x, None, 0
@@ -333,8 +333,8 @@ def _gains(
     k = x.shape[-1]
     m = x.numel() // max(1, k)
     if scale is None or shift is None:
-        own = torch.ones(k, device=x.device) if weight is None else weight.float()
-        added = torch.zeros(k, device=x.device) if bias is None else bias.float()
+        own = x.new_ones(k, dtype=torch.float32) if weight is None else weight.float()
+        added = x.new_zeros(k, dtype=torch.float32) if bias is None else bias.float()
         return aligned(own)[None], aligned(added)[None], m, 0.0
     if weight is not None or bias is not None:
         return None

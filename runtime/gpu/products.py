@@ -143,13 +143,14 @@ class Product:
         def empty(dtype: torch.dtype) -> torch.Tensor:
             return torch.empty(0, dtype=dtype, device=device)
 
+        bias = torch.zeros(n, dtype=torch.float32, device=device) if fused.bias is None else fused.bias.float()
         gate = None if fused.gate is None else aligned_rows(fused.gate)
         if (
             gate is None and fused.residual is not None
         ):  # the kernels add a residual to what is gated: 1 changes nothing
-            gate = torch.ones((1, n), device=device)
+            gate = torch.ones((1, n), dtype=torch.float32, device=device)
         values: dict[str, Value] = {
-            "bias_ptr": torch.zeros(n, device=device) if fused.bias is None else aligned(fused.bias.float()),
+            "bias_ptr": aligned(bias),
             "gate_ptr": gate,
             "residual_ptr": None if fused.residual is None else aligned(fused.residual),
             "side_ptr": empty(torch.bfloat16) if fused.side is None else aligned(fused.side),
@@ -238,7 +239,7 @@ class Product:
         """In-unit integers int8 [R, Kp] in INT8_ORDER, and unit scales fp32 [U, R padded]."""
         stride = _padded(planes.count)
         values = torch.empty((planes.count, planes.channels), dtype=torch.int8, device=self.out.device)
-        scales = torch.empty((planes.units, stride), device=self.out.device)
+        scales = torch.empty((planes.units, stride), dtype=torch.float32, device=self.out.device)
         words = values.view(torch.int32)
         outputs: dict[str, Value] = {"values_ptr": words, "value_scales_ptr": scales, "stride": stride}
         if not self._expand("expand_int8", planes, outputs):

@@ -211,6 +211,23 @@ def test_a_norm_reads_its_modulation_in_place(stub: Stub, tmp_path: Path) -> Non
 
 
 @needs_triton
+def test_the_users_default_dtype_changes_no_launch(stub: Stub, tmp_path: Path) -> None:
+    """What stands in for an absent bias, gate, weight or mask is fp32, as the binaries take it."""
+    recorded = Recorded(stub, tmp_path, "cuda-sm80", (8, 0))
+    activations, weight = planes(35, 128), planes(96, 128)
+    x, residual = torch.randn(35, 128).bfloat16(), torch.zeros(35, 96, dtype=torch.bfloat16)
+    torch.set_default_dtype(torch.float64)
+    try:
+        recorded.operators.linear(*activations, *weight, dtype=torch.bfloat16, residual=residual)
+        recorded.operators.norm_quantize(x, None, None, None, None, 1e-6, torch.bfloat16)
+        recorded.operators.quantize(x, None, 128)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    names = [name.split("_")[0] for name, _ in recorded.launches]
+    assert names == ["expand", "expand", "linear", "norm", "quantize"]
+
+
+@needs_triton
 def test_what_the_kernels_do_not_cover_goes_to_the_library(stub: Stub, tmp_path: Path) -> None:
     """fp32 outputs and odd N have no kernel; the library's GEMM takes them, and is right."""
     recorded = Recorded(stub, tmp_path, "cuda-sm80", (8, 0))
