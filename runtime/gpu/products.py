@@ -79,7 +79,10 @@ class Product:
     def description(self) -> str:
         """What the choice among its candidates may depend on, the number of rows aside."""
         (_, n), epilogue = self.out.shape, self.epilogue
-        parts = [name for name in ("activation", "side", "gate", "residual") if getattr(epilogue, name) is not None]
+        parts = [name for name in ("activation", "gate") if getattr(epilogue, name) is not None]
+        for name in ("side", "residual"):  # binaries are built for one dtype of each
+            if (tensor := getattr(epilogue, name)) is not None:
+                parts.append(f"{name}:{str(tensor.dtype)[6:]}")
         what = "linear_w4" if self.planes is None else "linear"
         return f"{what} {str(self.out.dtype)[6:]} N={n} K={self.weight.channels} {'+'.join(parts) or 'plain'}"
 

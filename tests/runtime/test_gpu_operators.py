@@ -228,6 +228,19 @@ def test_the_users_default_dtype_changes_no_launch(stub: Stub, tmp_path: Path) -
 
 
 @needs_triton
+def test_dtypes_that_have_other_kernels_are_choices_of_their_own(stub: Stub, tmp_path: Path) -> None:
+    """Else the choice for one would be thrown away, and all be timed again, whenever the other came by."""
+    recorded, keys = Recorded(stub, tmp_path, "cuda-sm80", (8, 0)), []
+    recorded.tuner.known = lambda key: keys.append(key)
+    arguments = (*planes(8, 64), *planes(96, 64))
+    side, side_weight, residual = torch.zeros(8, 4), torch.zeros(4, 96), torch.zeros(8, 96)
+    for low in (torch.bfloat16, torch.float16):
+        recorded.operators.linear(*arguments, dtype=torch.bfloat16, side=side.to(low), side_weight=side_weight.to(low))
+        recorded.operators.linear(*arguments, dtype=torch.bfloat16, residual=residual.to(low))
+    assert len(set(keys)) == len(keys) == 4
+
+
+@needs_triton
 def test_what_the_kernels_do_not_cover_goes_to_the_library(stub: Stub, tmp_path: Path) -> None:
     """fp32 outputs and odd N have no kernel; the library's GEMM takes them, and is right."""
     recorded = Recorded(stub, tmp_path, "cuda-sm80", (8, 0))
