@@ -25,9 +25,13 @@ HIF4_INLINE float float_of(uint32_t bits) {
   return x;
 }
 
-HIF4_INLINE uint32_t bf16_rne(float x) {
+HIF4_INLINE uint32_t bf16_rne(float x) {  // not for NaN
   const uint32_t bits = bits_of(x);
   return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+}
+
+HIF4_INLINE uint16_t bf16_of(float x) {
+  return static_cast<uint16_t>((bits_of(x) & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : bf16_rne(x));
 }
 
 // E6M2 / 4, NaN for the byte 0xFF. fp32 keeps exponent and two fraction bits above bit 21.

@@ -1,4 +1,4 @@
-// hif4_linear: argument layout in bindings.py, blocking and threads here, arithmetic in the kernels.
+// hif4_linear: argument layout in linear_bindings.py, blocking and threads here, arithmetic in the kernels.
 #include "linear.h"
 
 #include <math.h>

@@ -13,7 +13,7 @@ namespace hif4 {
 constexpr int kQuads = 16;      // runs of 4 channels: one int32 lane of a byte dot product, one micro-exponent
 constexpr int kRows = 8;        // input rows multiplied together: a group
 constexpr int kTile = 16;       // weight rows (output columns) decoded together
-constexpr int kFewTiles = 2;     // tiles that few rows are multiplied with together
+constexpr int kFewTiles = 2;    // tiles that few rows are multiplied with together
 constexpr int kCols = 48;       // output columns multiplied together
 constexpr int kShift = 28;      // added to the weight's integers
 constexpr int kTables = 4;      // floats for each scale of an expanded column: room for what a set derives from it
@@ -33,7 +33,7 @@ struct Group {
   int32_t* offsets;  // [units][kRows], -28 * sum of the unit's integers
 };
 
-// out [m, n] = residual + gate * gelu(y + bias), what is null or false left out; gate and residual as in bindings.py.
+// out [m, n] = residual + gate * gelu(y + bias), what is null or false left out.
 struct Epilogue {
   const float* bias;  // [n]
   bool gelu;

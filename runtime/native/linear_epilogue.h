@@ -29,10 +29,6 @@ HIF4_INLINE float gelu_of(float x) {
   return x / (1.0f + exp2_of(power));
 }
 
-HIF4_INLINE uint16_t bf16_of(float x) {
-  return static_cast<uint16_t>((bits_of(x) & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : bf16_rne(x));
-}
-
 HIF4_INLINE uint16_t half_of(float x) {
   const uint32_t bits = bits_of(x), sign = bits & 0x80000000, rest = bits ^ sign;
   const uint32_t special = rest > 0x7F800000 ? 0x7E00 : 0x7C00;

@@ -48,10 +48,6 @@ HIF4_INLINE void expand_tile_bf16(const Packed& weight, int64_t column, int64_t 
   }
 }
 
-HIF4_INLINE uint16_t nearest_bf16(float x) {
-  return static_cast<uint16_t>((bits_of(x) & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : bf16_rne(x));
-}
-
 // What the matrix product takes of one row, chunk by chunk: `give(start, count, values)` with fp32 values that were
 // rounded to `dtype` where anything was done to them.
 template <typename Give>
@@ -67,7 +63,7 @@ HIF4_INLINE void masked_and_rotated(const void* x, Dtype dtype, const float* mas
       load(static_cast<const float*>(x) + start, factors, count, chunk);
     if (rotation.width > 1) rotate(chunk, count, rotation);
     if (dtype == kBfloat16 && (mask || rotation.width > 1))
-      for (int64_t i = 0; i < count; i++) chunk[i] = float_of(static_cast<uint32_t>(nearest_bf16(chunk[i])) << 16);
+      for (int64_t i = 0; i < count; i++) chunk[i] = float_of(static_cast<uint32_t>(bf16_of(chunk[i])) << 16);
     give(start, count, chunk);
   }
 }
