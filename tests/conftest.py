@@ -23,6 +23,7 @@ from hif4c.compiler.recipe import load_recipe
 from hif4c.passes.program import Program
 from hif4c.runtime.executor import Executor
 from hif4c.runtime.format import quantize
+from hif4c.runtime.native import portable_kernels
 from tests.support.checkpoints import VARIANTS, small_config, write_diffusers_model
 
 # Kernels that a test run builds and trusts stay in the checkout, and so do those of the processes that it starts.
@@ -167,6 +168,13 @@ def bind(program: Program, state: dict[str, torch.Tensor]) -> Executor:
 @pytest.fixture(scope="session")
 def bound() -> Callable[[Program, dict[str, torch.Tensor]], Executor]:
     return bind
+
+
+@pytest.fixture
+def portable() -> Iterator[None]:
+    """The portable kernels, whatever an earlier test has chosen for the process: for comparisons to the bit."""
+    with portable_kernels():
+        yield
 
 
 Sample = tuple[torch.Tensor, torch.Tensor, torch.Tensor]

@@ -13,6 +13,8 @@ from hif4c.runtime.graph import Ref, decode, encode
 from tests.support import checkpoints
 from tests.support.checkpoints import small_config
 
+pytestmark = pytest.mark.usefixtures("portable")
+
 BF16 = 2.0**-8
 """Relative error of one rounding to bf16."""
 FP32 = 2.0**-24

@@ -12,6 +12,8 @@ from hif4c.runtime import ops as hif4_ops
 from hif4c.runtime import reference
 from hif4c.runtime.errors import Hif4Error
 
+pytestmark = pytest.mark.usefixtures("portable")
+
 assert hif4_ops.NAMESPACE == "hif4"
 hif4 = torch.ops.hif4
 

@@ -13,12 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from hif4c.runtime.artifact import manifest_digest, open_artifact, sha256_file
 from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.kernel_files import cpu_target
 from hif4c.runtime.transformer import load
 from hif4c.runtime.verify import verify_artifact
 from tests.support.forging import forge
 
 FILES = [
-    "golden/transformer.safetensors", "golden/transformer_2.safetensors", "manifest.json", "report.html", "report.json",
+    "golden/transformer.safetensors", "golden/transformer_2.safetensors",
+    f"kernels/{cpu_target()}/hif4_cpu.so", f"kernels/{cpu_target()}/kernels.json",
+    "manifest.json", "report.html", "report.json",
     "transformer/graph.json", "transformer/weights.safetensors",
     "transformer_2/graph.json", "transformer_2/weights.safetensors",
 ]  # fmt: skip

@@ -330,7 +330,7 @@ def record(path, name, model):
 def test_both_programs_are_replayed_alone(stepwise):
     """The golden timestep, 500, lies in the range here: the main program must be replayed nevertheless."""
     path = stepwise(ranges=[[0, 1000]])
-    first, steps, second = verify_artifact(path)
+    first, steps, second = verify_artifact(path, kernels="portable")
     assert [(check.expert, check.variant) for check in (first, steps, second)] == [
         ("transformer", None), ("transformer", "bf16"), ("transformer_2", None),
     ]  # fmt: skip
@@ -340,12 +340,12 @@ def test_both_programs_are_replayed_alone(stepwise):
     assert steps.passed
     assert steps.tensors == first.tensors
     assert steps.nodes < first.nodes
-    record(path, "transformer.bf16", load(path).variant("bf16"))
-    steps = verify_artifact(path)[1]
+    record(path, "transformer.bf16", load(path, kernels="portable").variant("bf16"))
+    steps = verify_artifact(path, kernels="portable")[1]
     assert steps.replay.identical
     assert steps.replay.linears == 20
-    record(path, "transformer.bf16", load(path).variant(None))
-    steps = verify_artifact(path)[1]
+    record(path, "transformer.bf16", load(path, kernels="portable").variant(None))
+    steps = verify_artifact(path, kernels="portable")[1]
     assert not steps.passed
     assert steps.replay.distance > 0.01
 
