@@ -20,7 +20,7 @@ from hif4c.runtime.gpu.launcher import Kernel, Value, grid_of
 
 __all__ = ["Jit"]
 
-# Rows, columns, warps, stages: those that the compiler of artifacts ships.
+# Rows, columns, warps, stages: most of what artifacts ship, one list for every GPU; what does not fit one is dropped.
 _INT8_TILES = ((128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 3), (128, 64, 4, 3))
 _BF16_TILES = ((128, 128, 8, 3), (128, 256, 8, 3))
 

@@ -148,9 +148,8 @@ class Product:
 
         bias = torch.zeros(n, dtype=torch.float32, device=device) if fused.bias is None else fused.bias.float()
         gate = None if fused.gate is None else aligned_rows(fused.gate)
-        if (
-            gate is None and fused.residual is not None
-        ):  # the kernels add a residual to what is gated: 1 changes nothing
+        if gate is None and fused.residual is not None:
+            # The kernels add a residual to what is gated: 1 changes nothing.
             gate = torch.ones((1, n), dtype=torch.float32, device=device)
         values: dict[str, Value] = {
             "bias_ptr": aligned(bias),
