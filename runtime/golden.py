@@ -1,12 +1,15 @@
 """Small inputs with expected outputs that travel with an artifact, made when it is compiled and replayed by verify.
 
-Two kinds. Every 4-bit linear alone, on one seeded row: its quantizer must give the same codes bit for bit on every
-machine, and its output agrees up to the order of float32 additions; this is what shows that weights and kernels are
-right. (What a side branch makes of the row is rounded to 16 bits before the linear reads it, and may round elsewhere to
-the neighbour: it is recorded too, compared by itself, and the linear is replayed on what was recorded.) And the whole
-expert: where it was compiled the output is equal bit for bit; elsewhere a last-bit difference before a quantizer flips
-codes behind it, and in a deep 4-bit model flips grow, so that distance is only reported, beside the one that a last-bit
-change of the input caused here, and refused when it is far beyond it.
+Two kinds are recorded. Every 4-bit linear alone, on one seeded row: its quantizer must give the same codes bit for bit
+on every machine, and its output agrees up to the order of float32 additions; this is what shows that weights and
+kernels are right. (What a side branch makes of the row is rounded to 16 bits before the linear reads it, and may round
+elsewhere to the neighbour: it is recorded too, compared by itself, and the linear is replayed on what was recorded.)
+And the whole expert: where it was compiled the output is equal bit for bit; elsewhere a last-bit difference before a
+quantizer flips codes behind it, and in a deep 4-bit model flips grow, so that distance is only reported, beside the one
+that a last-bit change of the input caused here, and refused when it is far beyond it.
+
+That leaves room for a wrong operator (one activation or norm of many moves the whole expert by less). So every kind of
+4-bit operator is also run on what reaches it in that call, and compared with its portable definition.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from typing import Any
 import torch
 
 from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.format import dequantize
 from hif4c.runtime.graph import DEVICE, DTYPE_NAMES, DTYPES, TARGETS, Node, Ref, TensorType
+from hif4c.runtime.ops import NAMESPACE, PORTABLE
 from hif4c.runtime.transformer import CompiledTransformer
 
 __all__ = ["Replay", "make_golden", "replay"]
@@ -33,6 +38,9 @@ LINEAR_ERROR = 1e-6
 FLIP_MARGIN = 8.0
 # The last place of bf16, relative to the smallest number that has it: a side branch may round to either neighbour.
 SIDE_ERROR = 2.0**-7
+# A kernel may add in another order, which rounds some values to the neighbour in bf16 (2^-7 at most, if all of them)
+# and flips the codes of a few. What leaves out a part of an operator, or takes the wrong one, is far beyond it.
+OPERATOR_ERROR = 2.0**-5
 # Positions among the arguments of the 4-bit linears: the weight's codes, with scales and bias behind them, and `side`.
 PLANES = {"hif4.linear": 2, "hif4.linear_w4": 1}
 SIDE = {"hif4.linear": 7, "hif4.linear_w4": 8}
@@ -54,6 +62,8 @@ class Replay:
         distance: relative L2 distance of the expert's output from the recorded one (0 when identical).
         flip_distance: the distance that last-bit changes of the input caused when the artifact was compiled.
         side_error: largest relative L2 error of what the side branches compute from the row.
+        operator_error: largest relative L2 distance of an operator's result from its portable definition.
+        worst_operator: the operator that has it, and where, "" if all are identical.
     """
 
     codes_differ: int
@@ -63,6 +73,8 @@ class Replay:
     distance: float
     flip_distance: float
     side_error: float = 0.0
+    operator_error: float = 0.0
+    worst_operator: str = ""
 
     @property
     def identical(self) -> bool:
@@ -73,7 +85,8 @@ class Replay:
     def passed(self) -> bool:
         """Whether the artifact computes here what it computed where it was compiled."""
         whole = self.distance <= FLIP_MARGIN * self.flip_distance
-        return self.codes_differ == 0 and self.linear_error <= LINEAR_ERROR and whole
+        parts = self.linear_error <= LINEAR_ERROR and self.operator_error <= OPERATOR_ERROR
+        return self.codes_differ == 0 and parts and whole
 
 
 def make_golden(model: CompiledTransformer) -> dict[str, torch.Tensor]:
@@ -138,7 +151,12 @@ def replay(model: CompiledTransformer, golden: dict[str, torch.Tensor]) -> Repla
         error = errors.get(worst, 0.0)
         side_error = max((off for _, off in linears.values()), default=0.0)
         flip = float(golden["flip_distance"])
-        return Replay(differ, len(errors), error, worst if error else "", distance, flip, side_error)
+        operators = _operator_errors(model, inputs)
+        operator = max(operators, key=lambda name: operators[name], default="")
+        off = operators.get(operator, 0.0)
+        return Replay(
+            differ, len(errors), error, worst if error else "", distance, flip, side_error, off, operator if off else ""
+        )
     except KeyError as error:
         raise Hif4Error(f"the golden file lacks {error}; compile the artifact again.") from None
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -154,6 +172,46 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     if not torch.isfinite(error):
         return float("inf")
     return float(error / expected.double().norm()) if error else 0.0
+
+
+def _operator_errors(model: CompiledTransformer, inputs: list[torch.Tensor]) -> dict[str, float]:
+    """Operator and module -> distance of its result from what its portable definition makes of the same arguments.
+
+    Of each kind of node (operator, shapes and dtypes of the arguments) the first: kernels know no other difference.
+    """
+    video, timestep, text = inputs
+    given = (video.to(model.dtype), timestep.to(torch.float32), text.to(model.dtype))
+    executor, first = model.executor, model.graph.first_node
+    values = [*given, *executor.tensors, *executor.trace(*given)]
+    errors: dict[str, float] = {}
+    known = set()
+    for number, node in enumerate(model.graph.nodes):
+        namespace, _, name = node.target.partition(".")
+        if namespace != NAMESPACE:
+            continue
+        arguments = [values[item.index] if isinstance(item, Ref) else item for item in node.args]
+        shapes = [(item.shape, item.dtype) if isinstance(item, torch.Tensor) else item for item in arguments]
+        kind = (name, tuple(shapes), tuple(node.kwargs.items()))
+        if kind in known:
+            continue
+        known.add(kind)
+        with torch.no_grad():
+            expected = PORTABLE[name](
+                *(item.cpu() if isinstance(item, torch.Tensor) else item for item in arguments), **node.kwargs
+            )
+        # A module may have operators of several kinds.
+        where = f"{node.target} of {node.module}"
+        distance = _distance(_decoded(values[first + number]), _decoded(expected))
+        errors[where] = max(errors.get(where, 0.0), distance)
+    return errors
+
+
+def _decoded(value: Any) -> torch.Tensor:
+    """A tensor on the CPU, for two planes what they hold."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    codes, scales = (plane.cpu() for plane in value)
+    return dequantize(codes, scales, 2 * codes.shape[-1], torch.float64)
 
 
 def _linears(model: CompiledTransformer) -> list[Node]:

@@ -27,7 +27,7 @@ import torch
 from hif4c.runtime import format as hif4_format
 from hif4c.runtime import reference, rows
 
-__all__ = ["NAMESPACE", "output_dtype"]
+__all__ = ["NAMESPACE", "PORTABLE", "output_dtype"]
 
 NAMESPACE = "hif4"
 
@@ -200,17 +200,20 @@ def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.
     return q.new_empty(q.shape)
 
 
+PORTABLE: dict[str, Callable[..., Any]] = {
+    "quantize": hif4_format.quantize,
+    "dequantize": hif4_format.dequantize,
+    "linear": _linear,
+    "linear_w4": _linear_w4,
+    "norm": rows.norm,
+    "norm_quantize": rows.norm_quantize,
+    "rms_rotary": rows.rms_rotary,
+    "attention": rows.attention,
+}
+"""Operator -> its definition, whatever kernels are selected."""
+
+
 def _register() -> None:
-    portable: dict[str, Callable[..., Any]] = {
-        "quantize": hif4_format.quantize,
-        "dequantize": hif4_format.dequantize,
-        "linear": _linear,
-        "linear_w4": _linear_w4,
-        "norm": rows.norm,
-        "norm_quantize": rows.norm_quantize,
-        "rms_rotary": rows.rms_rotary,
-        "attention": rows.attention,
-    }
     fakes: dict[str, Callable[..., Any]] = {
         "quantize": _quantize_fake,
         "dequantize": _dequantize_fake,
@@ -224,7 +227,7 @@ def _register() -> None:
     for name, schema in _SCHEMAS.items():
         qualified = f"{NAMESPACE}::{name}"
         torch.library.define(qualified, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(qualified, "CompositeExplicitAutograd", portable[name])
+        torch.library.impl(qualified, "CompositeExplicitAutograd", PORTABLE[name])
         torch.library.register_fake(qualified, fakes[name])
 
 

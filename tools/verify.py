@@ -24,6 +24,7 @@ def verify(
 ) -> None:
     """Check every hash, load every expert, and replay its golden outputs. Exit status 1 when anything is off."""
     from hif4c.runtime.artifact import open_artifact
+    from hif4c.runtime.golden import OPERATOR_ERROR
     from hif4c.runtime.verify import verify_artifact
 
     total = sum(size for size, _ in open_artifact(artifact).files.values())
@@ -39,6 +40,8 @@ def verify(
             whole = _error(found.distance)
             if found.distance:
                 whole += f" (last-bit changes: {found.flip_distance:.1e})"
+            if found.operator_error > OPERATOR_ERROR:
+                whole += f"; {found.worst_operator} differs by {found.operator_error:.1e}"
         verdict = "[green]ok[/]" if check.passed else "[red]differs[/]"
         name = check.expert if check.variant is None else f"{check.expert}, {check.variant} steps"
         table.add_row(name, str(check.nodes), codes, linear, whole, verdict)

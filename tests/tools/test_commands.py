@@ -98,6 +98,17 @@ def test_verify_fails_when_golden_outputs_differ(wan_tiny_artifact: Path, monkey
     assert result.stdout.count(" ok ") == 0
 
 
+def test_verify_names_a_wrong_operator(wan_tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hif4c.runtime.verify as module
+    from hif4c.runtime.golden import Replay
+
+    wrong = Replay(0, 60, 0.0, "", 0.0, 0.001, operator_error=0.5, worst_operator="hif4.norm of norm_out")
+    monkeypatch.setattr(module, "replay", lambda model, golden: wrong)
+    result = run("verify", wan_tiny_artifact)
+    assert result.exit_code == 1
+    assert "hif4.norm of norm_out differs by 5.0e-01" in " ".join(result.stdout.split())
+
+
 def test_verify_names_a_damaged_file(wan_tiny_artifact: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(wan_tiny_artifact, tmp_path / "copy")
     weights = copy / "transformer_2" / "weights.safetensors"
