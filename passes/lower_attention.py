@@ -11,7 +11,8 @@ from hif4c.passes.program import PassResult, Program, module_path
 __all__ = ["lower_attention"]
 
 aten, hif4 = torch.ops.aten, torch.ops.hif4
-OPTIONS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+OPTIONS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+"""What it must not have, by the value that stands for not having it."""
 
 
 def lower_attention(program: Program) -> PassResult:
@@ -23,7 +24,7 @@ def lower_attention(program: Program) -> PassResult:
             continue
         given = arguments(attention)
         tensors = [given[name] for name in ("query", "key", "value")]
-        used = [name for name in OPTIONS if given[name] not in (None, False, 0.0)]
+        used = [name for name, absent in OPTIONS.items() if given[name] != absent]
         if used:
             kept.setdefault(f"it has {', '.join(used)}", []).append(module_path(attention))
         elif not _fits(*tensors):
