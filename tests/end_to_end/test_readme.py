@@ -95,7 +95,7 @@ def test_a_command_is_understood(line: str) -> None:
 )
 def test_an_option_that_is_mentioned_exists(option: str) -> None:
     def options(command: Any) -> set[str]:
-        own = {text for item in command.params for text in item.opts}
+        own = {text for item in command.params for text in (*item.opts, *item.secondary_opts)}
         return own.union(*(options(item) for item in getattr(command, "commands", {}).values()))
 
     assert option in options(typer.main.get_command(app))
