@@ -73,6 +73,7 @@ def without_prefetch() -> Iterator[None]:
 
 
 def main(folder: Path) -> None:
+    """Do what `folder`/work.json asks for; answers go to the standard output."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what compilers print is no answer
     work = json.loads((folder / "work.json").read_text())

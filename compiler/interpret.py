@@ -19,7 +19,7 @@ __all__ = ["OnNode", "Samples", "TensorStore", "interpret"]
 Samples = Sequence[tuple[torch.Tensor, ...]]
 """The inputs of the program, in its order, for every sample."""
 
-OnNode = Callable[[int, Node, list[Any]], list[Any] | None]
+OnNode = Callable[[int, Node, list[Any]], None]
 """Called with a node's number, the node, and its first argument for every sample."""
 
 
@@ -48,7 +48,7 @@ def interpret(
     """Run the program; returns for every output its value for every sample.
 
     Before a node whose first argument depends on the samples is run, and before its weights are loaded, `on_node` sees
-    that argument; when it returns a list, that is the node's value for every sample and the node is not run.
+    that argument of every sample.
 
     Args:
         graph: any program whose targets are in `hif4c.runtime.graph.TARGETS`.
@@ -70,11 +70,10 @@ def interpret(
 
     dead = _last_uses(graph)
     for number, node in enumerate(graph.nodes):
-        value = _shown(number, node, values, on_node, device)
-        if value is None:
-            load(node.args)
-            value = _run(node, values, len(samples), device)
-        values[first_node + number] = value
+        if on_node is not None:
+            _show(number, node, values, on_node, device)
+        load(node.args)
+        values[first_node + number] = _run(node, values, len(samples), device)
         for index in dead[number]:
             if values.pop(index, None) is not None and first_tensor <= index < first_node:
                 store.release(graph.tensors[index - first_tensor].name)
@@ -85,17 +84,12 @@ def interpret(
     ]
 
 
-def _shown(
-    number: int, node: Node, values: dict[int, Any], on_node: OnNode | None, device: torch.device
-) -> _PerSample | None:
-    """What `on_node` makes of a node, None where it is to be run."""
+def _show(number: int, node: Node, values: dict[int, Any], on_node: OnNode, device: torch.device) -> None:
+    """Call `on_node` where the first argument depends on the samples."""
     first = node.args[0] if node.args else None
-    if on_node is None or not isinstance(first, Ref) or not isinstance(values.get(first.index), _PerSample):
-        return None
-    found = on_node(
-        number, node, [_resolve(first, values, sample, device) for sample in range(len(values[first.index]))]
-    )
-    return None if found is None else _PerSample(found)
+    if isinstance(first, Ref) and isinstance(values.get(first.index), _PerSample):
+        count = len(values[first.index])
+        on_node(number, node, [_resolve(first, values, sample, device) for sample in range(count)])
 
 
 def _run(node: Node, values: dict[int, Any], count: int, device: torch.device) -> Any:
