@@ -7,7 +7,7 @@ import math
 import torch
 
 from hif4c.compiler.masks import relative_error
-from hif4c.compiler.pack import Planes
+from hif4c.compiler.planes import Planes
 from hif4c.passes.program import Decision, Precision
 
 __all__ = ["linear_sqnr"]

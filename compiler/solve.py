@@ -18,7 +18,7 @@ from hif4c.compiler.calibration_inputs import Call
 from hif4c.compiler.checkpoint import Checkpoint
 from hif4c.compiler.interpret import interpret
 from hif4c.compiler.masks import rotated
-from hif4c.compiler.pack import InputStatistics, Planes, make_planes, whole_tensor
+from hif4c.compiler.planes import InputStatistics, Planes, make_planes, whole_tensor
 from hif4c.passes.program import Program, TensorSource
 from hif4c.runtime.format import dequantize
 from hif4c.runtime.graph import Graph, Node, Ref

@@ -6,7 +6,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hif4c.compiler.linear_error import linear_sqnr
-from hif4c.compiler.pack import make_planes
+from hif4c.compiler.planes import make_planes
 from hif4c.compiler.synthetic import synthetic_layer
 from hif4c.passes.program import Decision, Precision, Program, TensorSource
 from hif4c.runtime.format import dequantize, quantize

@@ -11,7 +11,8 @@ from hif4c.compiler import solve as solve_module
 from hif4c.compiler.calibration import Calibration
 from hif4c.compiler.emit import to_graph
 from hif4c.compiler.output_error import error_energy
-from hif4c.compiler.pack import InputStatistics, Planes, make_planes, prepared_weight, write_weights
+from hif4c.compiler.pack import write_weights
+from hif4c.compiler.planes import InputStatistics, Planes, make_planes, prepared_weight
 from hif4c.compiler.recipe import Recipe, load_recipe
 from hif4c.compiler.solve import SolvedPlanes, solve
 from hif4c.compiler.steps import measure_steps

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hif4c.compiler.emit import to_graph
-from hif4c.compiler.pack import whole_tensor
+from hif4c.compiler.planes import whole_tensor
 from hif4c.passes.add_side_branches import add_side_branches
 from hif4c.passes.apply_channel_masks import apply_channel_masks
 from hif4c.passes.fold_channel_masks import fold_channel_masks
