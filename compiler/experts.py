@@ -22,9 +22,9 @@ from hif4c.compiler.manifest import write_manifest
 from hif4c.compiler.masks import rotated
 from hif4c.compiler.models import WanConfig
 from hif4c.compiler.pack import write_weights
-from hif4c.compiler.planes import InputStatistics, Planes, prepared_weight
 from hif4c.compiler.pipeline import PassRecord, run_passes
 from hif4c.compiler.plan import ExpertPlan
+from hif4c.compiler.planes import InputStatistics, Planes, prepared_weight
 from hif4c.compiler.recipe import Recipe
 from hif4c.compiler.solve import solve
 from hif4c.compiler.steps import choose_ranges, measure_steps

@@ -15,6 +15,8 @@ from hif4c.runtime.safetensors_stream import StreamingWriter, TensorSpec
 __all__ = ["stored_tensors", "write_weights"]
 
 Progress = Callable[[int], None]
+
+
 def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[TensorSpec]:
     """Name, dtype and shape of every tensor of the weight file, in the program's order."""
     return [

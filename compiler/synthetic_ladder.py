@@ -25,8 +25,8 @@ from hif4c.compiler.linear_error import linear_sqnr
 from hif4c.compiler.masks import rotated, round_trip
 from hif4c.compiler.models import WanConfig
 from hif4c.compiler.output_error import error_energy
-from hif4c.compiler.planes import InputStatistics, Planes, make_planes
 from hif4c.compiler.plan import ExpertPlan, PlannedLinear, packed_bytes
+from hif4c.compiler.planes import InputStatistics, Planes, make_planes
 from hif4c.compiler.recipe import Recipe
 from hif4c.compiler.scale_search import search_scales
 from hif4c.compiler.sketch import ChannelSketch

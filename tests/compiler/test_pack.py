@@ -12,9 +12,9 @@ from hif4c.compiler.choose import Choices
 from hif4c.compiler.models import WanConfig
 from hif4c.compiler.output_error import error_energy
 from hif4c.compiler.pack import stored_tensors, write_weights
-from hif4c.compiler.planes import InputStatistics, make_planes, whole_tensor
 from hif4c.compiler.pipeline import run_passes
 from hif4c.compiler.plan import make_plan
+from hif4c.compiler.planes import InputStatistics, make_planes, whole_tensor
 from hif4c.compiler.recipe import Recipe, load_recipe
 from hif4c.compiler.synthetic import synthetic_layer
 from hif4c.passes.program import Program, TensorSource
