@@ -33,10 +33,13 @@ class Fingerprint:
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Count one tensor in, under its diffusers name."""
+        self.add_digest(name, tensor.dtype, tensor.shape, hashlib.sha256(tensor_bytes(tensor)).hexdigest())
+
+    def add_digest(self, name: str, dtype: torch.dtype, shape: Sequence[int], digest: str) -> None:
+        """Count one tensor in by the sha256 of its bytes."""
         if name in self._entries:
             raise ValueError(f"tensor {name} twice")
-        digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-        self._entries[name] = json.dumps([name, DTYPE_NAMES[tensor.dtype], list(tensor.shape), digest])
+        self._entries[name] = json.dumps([name, DTYPE_NAMES[dtype], list(shape), digest])
 
     def hexdigest(self) -> str:
         """sha256 over (name, dtype, shape, sha256 of the data) of all tensors, sorted by name."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +14,18 @@ from hif4c.compiler.scale_search import search_scales
 from hif4c.passes.program import Program, TensorSource, inverse_mask
 from hif4c.runtime.format import quantize
 from hif4c.runtime.rotation import block_hadamard
+from hif4c.runtime.safetensors_stream import tensor_bytes
 
-__all__ = ["InputStatistics", "Planes", "make_planes", "prepared_weight", "whole_tensor"]
+__all__ = [
+    "InputStatistics",
+    "PackedTensor",
+    "Planes",
+    "make_planes",
+    "pack_tensors",
+    "prepared_weight",
+    "stored_dtype",
+    "whole_tensor",
+]
 
 MIN_DAMPING, MAX_DAMPING = 0.01, 1.0
 """A Hessian of T tokens in K channels is damped by K/T within these: with few tokens GPTQ fits their noise."""
@@ -36,6 +48,26 @@ class InputStatistics:
 
 Planes = dict[str, torch.Tensor]
 """What is stored of a packed weight: "codes" and "scales", and "down" and "up" where it has a side branch."""
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """What is stored of one checkpoint tensor.
+
+    Attributes:
+        source: its name in the checkpoint; None for a value of the program's own.
+        stored: name in the weight file -> tensor, of the dtype that is stored there.
+        digest: sha256 of the checkpoint tensor's bytes.
+        nbytes: how many these are, 0 for a value of the program's own.
+        sqnr: what `measure` said of it, None where it was not asked.
+    """
+
+    source: str | None
+    stored: dict[str, torch.Tensor]
+    digest: str | None
+    nbytes: int
+    sqnr: float | None
+
 
 SVD_OVERSAMPLING = 8
 SVD_ITERATIONS = 4
@@ -116,6 +148,62 @@ def make_planes(
         else:
             codes, scales = search_scales(rotated, statistics.energy)
     return {**planes, "codes": codes, "scales": scales}
+
+
+def stored_dtype(source: TensorSource, checkpoint: Checkpoint) -> torch.dtype:
+    """The program's dtype; but 16-bit tensors that are computed in float32 stay in 16 bits, which is exact."""
+    if source.source is None or source.plane != "whole" or source.changed:
+        return source.dtype
+    found = checkpoint.dtype(source.source)
+    return found if source.dtype == torch.float32 and found.itemsize < 4 else source.dtype
+
+
+def pack_tensors(
+    groups: Sequence[list[TensorSource]],
+    program: Program,
+    checkpoint: Checkpoint,
+    *,
+    solved: Callable[[str], Planes | None] = lambda source: None,
+    statistics: Callable[[TensorSource], InputStatistics | None] = lambda source: None,
+    measure: Callable[[TensorSource, torch.Tensor, Planes], float | None] | None = None,
+) -> Iterator[PackedTensor]:
+    """The stored form of each group of tensors that are made from one checkpoint tensor, in order.
+
+    Args:
+        groups: the tensors, side by side those that have the same source.
+        program: with the masks.
+        checkpoint: every tensor is checked for NaN and infinity as it is read; its memory is given back when the next
+            result is asked for.
+        solved: planes that were made before (with a Hessian), by the name of the checkpoint's tensor.
+        statistics: of a weight's input, for a rounding other than "nearest".
+        measure: called with a plane's source, its prepared weight [N, K] float32 and all its planes.
+
+    Raises:
+        Hif4Error: a weight is not finite.
+    """
+    for sources in groups:
+        first = sources[0]
+        if first.source is None:
+            values = {source.name: source.value for source in sources if source.value is not None}
+            yield PackedTensor(None, values, None, 0, None)
+            continue
+        tensor = checkpoint.read(first.source, validate=True)
+        sqnr = None
+        if first.plane == "whole":
+            whole = whole_tensor(first, program, checkpoint).to(stored_dtype(first, checkpoint))
+            stored = {first.name: whole}
+        else:
+            planes = solved(first.source)
+            if planes is None:
+                known = None if first.rounding == "nearest" else statistics(first)
+                planes = make_planes(first, tensor, program, known)
+            stored = {source.name: planes[source.plane] for source in sources}
+            if measure is not None:
+                sqnr = measure(first, prepared_weight(first, tensor, program), planes)
+        digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        yield PackedTensor(first.source, stored, digest, tensor.nbytes, sqnr)
+        del tensor, stored
+        checkpoint.release(first.source)
 
 
 def _low_rank(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,54 +17,37 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 
 from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.safetensors_layout import (
+    DTYPE_NAMES,
+    DTYPES,
+    TensorSpec,
+    index_name,
+    index_text,
+    is_tensor_name,
+    plan_files,
+    shortened,
+    tensor_bytes,
+)
 
-__all__ = ["DTYPE_NAMES", "StreamingWriter", "TensorFile", "TensorSpec", "tensor_bytes"]
-
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
-DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in _DTYPES.items()}
+__all__ = [
+    "DTYPE_NAMES",
+    "StreamingWriter",
+    "TensorFile",
+    "TensorSpec",
+    "check_free_space",
+    "tensor_bytes",
+    "write_error",
+]
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
-_MAX_NAME_LENGTH = 1024
 _MAX_DIMS = 16
 _CHUNK_BYTES = 16 << 20
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python names it from 3.13 on
-
-
-class TensorSpec(NamedTuple):
-    """What a header says of one tensor."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The tensor's data in row-major order as flat bytes; a copy is made only of a non-contiguous or device tensor."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 class StreamingWriter:
@@ -95,15 +78,10 @@ class StreamingWriter:
     ) -> None:
         self._directory = Path(directory)
         self._base_name = base_name
-        self._metadata = {"format": "pt"} if metadata is None else dict(metadata)
-        if len(self._metadata) > 1:
-            raise ValueError(f"at most one metadata key, not {sorted(self._metadata)}")
         self._fsync = fsync
-        self._specs = [TensorSpec(*spec) for spec in tensors]
-        _check_specs(self._specs)
-        self._shards = _split_into_shards(self._specs, shard_bytes)
-        self._left = sum(spec.nbytes for spec in self._specs)
-        self._queue = iter([(index, spec) for index, shard in enumerate(self._shards) for spec in shard])
+        self._plan = plan_files(tensors, base_name, shard_bytes, metadata)
+        self._left = sum(spec.nbytes for file in self._plan for spec in file.specs)
+        self._queue = iter([(index, spec) for index, file in enumerate(self._plan) for spec in file.specs])
         self._next: tuple[int, TensorSpec] | None = next(self._queue)
         self._file: BinaryIO | None = None
         self._sha256 = hashlib.sha256()
@@ -111,7 +89,7 @@ class StreamingWriter:
         self._made: list[Path] = []
         self._closed = False
         self.files: dict[str, tuple[int, str]] = {}
-        self._check_free_space()
+        check_free_space(self._directory, self._left)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append the next tensor of the list."""
@@ -122,7 +100,7 @@ class StreamingWriter:
         if found != spec:
             raise ValueError(f"expected {spec}, got {found}")
         if self._file is None:
-            self._begin_file(self._file_name(shard), _encode_header(self._shards[shard], self._metadata))
+            self._begin_file(self._plan[shard].name, self._plan[shard].header)
         self._append(tensor_bytes(tensor))
         self._left -= spec.nbytes
         self._next = next(self._queue, None)
@@ -134,11 +112,8 @@ class StreamingWriter:
         if self._next is not None:
             self.abort()
             raise ValueError(f"closed before tensor {self._next[1].name} was written")
-        if len(self._shards) > 1 and not self._closed:
-            weight_map = {spec.name: self._file_name(i) for i, shard in enumerate(self._shards) for spec in shard}
-            index = {"metadata": {"total_size": sum(s.nbytes for s in self._specs)}, "weight_map": weight_map}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            self._begin_file(f"{self._base_name}.safetensors.index.json", text.encode())
+        if len(self._plan) > 1 and not self._closed:
+            self._begin_file(index_name(self._base_name), index_text(self._plan).encode())
             self._end_file()
         self._closed = True
 
@@ -161,23 +136,6 @@ class StreamingWriter:
         else:
             self.abort()
 
-    def _file_name(self, shard: int) -> str:
-        if len(self._shards) == 1:
-            return f"{self._base_name}.safetensors"
-        return f"{self._base_name}-{shard + 1:05d}-of-{len(self._shards):05d}.safetensors"
-
-    def _check_free_space(self) -> None:
-        try:
-            usage = shutil.disk_usage(self._directory)
-        except OSError as error:
-            raise Hif4Error(f"{self._directory}: cannot write there ({error.strerror}).") from error
-        # Some network file systems report no size at all; writing then finds out.
-        if usage.total and usage.free < self._left:
-            raise Hif4Error(
-                f"{self._directory}: {self._left} bytes are needed and {usage.free} are free; "
-                "free some space or choose another output directory."
-            )
-
     def _begin_file(self, name: str, header: bytes) -> None:
         path = self._directory / name
         try:
@@ -185,7 +143,7 @@ class StreamingWriter:
         except FileExistsError as error:
             raise Hif4Error(f"{path}: already exists; choose another output directory or remove it.") from error
         except OSError as error:
-            raise self._write_error(path, error) from error
+            raise write_error(path, self._left, error) from error
         self._made.append(path)
         self._sha256 = hashlib.sha256()
         self._size = 0
@@ -198,7 +156,7 @@ class StreamingWriter:
             try:
                 written = self._file.write(data[:_CHUNK_BYTES])
             except OSError as error:
-                raise self._write_error(self._made[-1], error) from error
+                raise write_error(self._made[-1], self._left, error) from error
             self._sha256.update(data[:written])
             data = data[written:]
 
@@ -210,15 +168,31 @@ class StreamingWriter:
                 os.fsync(self._file.fileno())
             self._file.close()
         except OSError as error:
-            raise self._write_error(path, error) from error
+            raise write_error(path, self._left, error) from error
         self._file = None
         self.files[path.name] = (self._size, self._sha256.hexdigest())
 
-    def _write_error(self, path: Path, error: OSError) -> Hif4Error:
-        return Hif4Error(
-            f"{path}: writing failed ({error.strerror}) with {self._left} bytes of weights still to be written; "
+
+def check_free_space(directory: Path, needed: int) -> None:
+    """Raise Hif4Error unless so many bytes can be written into a directory."""
+    try:
+        usage = shutil.disk_usage(directory)
+    except OSError as error:
+        raise Hif4Error(f"{directory}: cannot write there ({error.strerror}).") from error
+    # Some network file systems report no size at all; writing then finds out.
+    if usage.total and usage.free < needed:
+        raise Hif4Error(
+            f"{directory}: {needed} bytes are needed and {usage.free} are free; "
             "free some space or choose another output directory."
         )
+
+
+def write_error(path: Path, left: int, error: OSError) -> Hif4Error:
+    """What to raise when a weight file cannot be written, with so many bytes of weights to go."""
+    return Hif4Error(
+        f"{path}: writing failed ({error.strerror}) with {left} bytes of weights still to be written; "
+        "free some space or choose another output directory."
+    )
 
 
 class TensorFile:
@@ -312,7 +286,7 @@ class TensorFile:
         for spec, begin, end in entries:
             if begin != position:
                 what = "overlap with" if begin < position else "leave a hole before"
-                raise self._bad(f"has tensors that {what} {_short(spec.name)}")
+                raise self._bad(f"has tensors that {what} {shortened(spec.name)}")
             position = end
         data_start = 8 + length
         if data_start + position > self._size:
@@ -322,19 +296,19 @@ class TensorFile:
         return {spec.name: (spec, begin) for spec, begin, _ in entries}, data_start
 
     def _parse_entry(self, name: str, entry: Any) -> tuple[TensorSpec, int, int]:
-        where = f"tensor {_short(name)}"
-        if not _is_name(name):
-            raise self._bad(f"has a tensor name of {len(name)} characters or with unprintable ones: {_short(name)}")
+        where = f"tensor {shortened(name)}"
+        if not is_tensor_name(name):
+            raise self._bad(f"has a tensor name of {len(name)} characters or with unprintable ones: {shortened(name)}")
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise self._bad(f"has a header entry for {where} without exactly dtype, shape and data_offsets")
-        if not isinstance(entry["dtype"], str) or entry["dtype"] not in _DTYPES:
-            raise self._bad(f"stores {where} as {_short(entry['dtype'])}, which is none of {', '.join(_DTYPES)}")
+        if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+            raise self._bad(f"stores {where} as {shortened(entry['dtype'])}, which is none of {', '.join(DTYPES)}")
         shape, offsets = entry["shape"], entry["data_offsets"]
         if not _are_sizes(shape) or len(shape) > _MAX_DIMS or math.prod(max(size, 1) for size in shape) >= 2**60:
-            raise self._bad(f"has an invalid shape for {where}: {_short(shape)}")
+            raise self._bad(f"has an invalid shape for {where}: {shortened(shape)}")
         if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            raise self._bad(f"has invalid data_offsets for {where}: {_short(offsets)}")
-        spec = TensorSpec(name, _DTYPES[entry["dtype"]], tuple(shape))
+            raise self._bad(f"has invalid data_offsets for {where}: {shortened(offsets)}")
+        spec = TensorSpec(name, DTYPES[entry["dtype"]], tuple(shape))
         if spec.nbytes != offsets[1] - offsets[0]:
             raise self._bad(f"gives {where} data_offsets {offsets} where its shape and dtype need {spec.nbytes} bytes")
         return spec, offsets[0], offsets[1]
@@ -343,58 +317,12 @@ class TensorFile:
         return Hif4Error(f"{self.path}: {what}; the file is damaged or incomplete, fetch it again.")
 
 
-def _check_specs(specs: list[TensorSpec]) -> None:
-    if not specs:
-        raise ValueError("no tensors to write")
-    seen: set[str] = set()
-    for spec in specs:
-        if not _is_name(spec.name) or spec.name == "__metadata__" or spec.name in seen:
-            raise ValueError(f"not a tensor name, or twice in the list: {_short(spec.name)}")
-        if spec.dtype not in DTYPE_NAMES:
-            raise ValueError(f"tensor {spec.name}: no safetensors dtype for {spec.dtype}")
-        seen.add(spec.name)
-
-
-def _split_into_shards(specs: list[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
-    shards: list[list[TensorSpec]] = [[]]
-    size = 0
-    for spec in specs:
-        if shards[-1] and size + spec.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(spec)
-        size += spec.nbytes
-    return shards
-
-
-def _encode_header(specs: list[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    position = 0
-    for spec in specs:
-        end = position + spec.nbytes
-        dtype = DTYPE_NAMES[spec.dtype]
-        header[spec.name] = {"dtype": dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result := dict(pairs)) != len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"key {_short(twice)} twice")
+        raise ValueError(f"key {shortened(twice)} twice")
     return result
-
-
-def _is_name(name: str) -> bool:
-    return 0 < len(name) <= _MAX_NAME_LENGTH and name.isprintable()
 
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
