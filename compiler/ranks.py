@@ -13,12 +13,19 @@ import torch
 import torch.distributed as dist
 
 from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.transformer import check_device
 
-__all__ = ["ALONE", "Ranks", "start_ranks"]
+__all__ = ["ALONE", "PeerError", "Ranks", "start_ranks"]
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=24)
 """How long a rank waits for the others: one may pack layers for hours while another has none left."""
+_TOLD = "_told_to_all_ranks"
+"""Attribute of an exception that every rank has heard of."""
+
+
+class PeerError(Hif4Error):
+    """Another rank failed, and this one cannot go on without it."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Ranks:
     Attributes:
         rank: 0 to count - 1; rank 0 speaks to people and writes what exists once.
         count: how many there are.
-        device: where the tensors of collective calls must be: the CPU for gloo, the rank's GPU for nccl.
+        device: where tensors are summed: the rank's GPU with nccl, else the CPU with gloo.
     """
 
     rank: int = 0
@@ -43,13 +50,12 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """The items that this rank works on: every count-th one."""
+        """The items that this rank works on: every count-th one, so rank 0 has one wherever there is one."""
         return list(items[self.rank :: self.count])
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        if self.count > 1:
-            dist.barrier()
+        self.all_gather(None)
 
     def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over the ranks. Integers add exactly; of floats the order of summation is not defined."""
@@ -64,28 +70,58 @@ class Ranks:
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
-        dist.all_gather_object(found, value)
+        with self._peers():
+            dist.all_gather_object(found, value)
         return found
 
     def all_agree(self, error: Exception | None) -> None:
         """Raise where any rank failed, so that no rank waits for one that has gone.
 
         Raises:
-            Exception: this rank's own error; or Hif4Error with the sentence of the first rank that failed.
+            Exception: this rank's own error; or PeerError with the sentence of the first rank that failed.
         """
-        sentences = self.all_gather(None if error is None else str(error))
+        sentences = self.all_gather(None if error is None else str(error) or type(error).__name__)
         if error is not None:
+            error.__dict__[_TOLD] = True
             raise error
         for rank, sentence in enumerate(sentences):
             if sentence is not None:
-                raise Hif4Error(f"rank {rank} failed: {sentence}")
+                raise PeerError(f"rank {rank} failed: {sentence}")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave this block together: where one rank fails in it, every rank raises.
+
+        The block may hold collective calls of its own, each row of them begun by an `all_agree`: there the others hear
+        of a rank that has failed.
+        """
+        failed: Exception | None = None
+        try:
+            yield
+        except PeerError:
+            raise
+        except Exception as error:
+            if _TOLD in error.__dict__:  # by a collective call within the block
+                raise
+            failed = error
+        self.all_agree(failed)
 
     def _reduce(self, tensor: torch.Tensor, operation: Any) -> torch.Tensor:
         if self.count == 1:
             return tensor
         moved = tensor.to(self.device, copy=True).contiguous()
-        dist.all_reduce(moved, operation)
+        with self._peers():
+            dist.all_reduce(moved, operation)
         return moved.to(tensor.device)
+
+    @contextmanager
+    def _peers(self) -> Iterator[None]:
+        """A rank that was killed breaks its connections: that is one sentence, too."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise PeerError(f"rank {self.rank} lost the others ({reason}); see why the first of them ended.") from None
 
 
 ALONE = Ranks()
@@ -96,29 +132,38 @@ def start_ranks(device: torch.device | str = "cpu") -> Iterator[Ranks]:
     """Join the ranks that torchrun started, or be alone.
 
     Args:
-        device: "cpu" for gloo; a GPU for nccl, where every rank takes the GPU of its local rank.
+        device: where the work will run. With "cuda" every rank takes the GPU of its local rank as its current device,
+            whatever index is given, and tensors are summed by nccl; anything else means gloo.
 
     Raises:
         Hif4Error: the ranks do not find each other, or there are more local ranks than GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    count, rank = _from_environment("WORLD_SIZE", 1), _from_environment("RANK", 0)
+    if count == 1:
         yield ALONE
         return
-    found = torch.device(device)
-    if found.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise Hif4Error(
-                f"local rank {local}: this machine has {torch.cuda.device_count()} GPUs; start at most one rank a GPU."
-            )
-        found = torch.device("cuda", local)
-        torch.cuda.set_device(found)
+    place, backend = torch.device("cpu"), "gloo"
+    if str(device).partition(":")[0] == "cuda":
+        check_device("cuda")
+        local, there = _from_environment("LOCAL_RANK", rank), torch.cuda.device_count()
+        if local >= there:
+            raise Hif4Error(f"local rank {local}: this machine has {there} GPUs; start at most one rank a GPU.")
+        place, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"  # objects and sentences stay on the CPU
+        torch.cuda.set_device(place)
     try:
-        dist.init_process_group("nccl" if found.type == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise Hif4Error(f"the ranks do not find each other ({reason}); start them with torchrun.") from None
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), found)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), place)
     finally:
         dist.destroy_process_group()
+
+
+def _from_environment(name: str, default: int) -> int:
+    """One of the numbers that torchrun gives to the processes that it starts."""
+    text = os.environ.get(name, str(default))
+    if not text.isascii() or not text.isdigit():
+        raise Hif4Error(f"{name}={text} in the environment is no number; start the ranks with torchrun.")
+    return int(text)
