@@ -162,6 +162,7 @@ def harden_model(
         if location.layout != "diffusers" or not (location.root / "model_index.json").is_file():
             raise Hif4Error(f"{location.root}: only a diffusers pipeline (with model_index.json) can be hardened.")
         events("total", _checked_bytes(location))
+        events("unit", "bytes")
         events("step", "copying the rest of the pipeline")
         pipeline = staging / "pipeline"
         copy_components(location.root, pipeline)

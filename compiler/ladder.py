@@ -339,8 +339,10 @@ def _calibrate(location: ModelLocation, path: Path, recipes: Sequence[str], even
         )
     if not path.exists():
         events("step", "calibrating (a small model; others take --calibration)")
-        names = {"step": "step", "total": "total", "bytes": "advance"}
-        run_calibration(location, path, CalibrationOptions(), lambda event, value: events(names[event], value))
+        names = {"bytes": "advance"}
+        run_calibration(
+            location, path, CalibrationOptions(), lambda event, value: events(names.get(event, event), value)
+        )
     return path
 
 

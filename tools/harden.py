@@ -31,8 +31,8 @@ def harden(
     """
     from hif4c.compiler.harden import harden_model
 
-    with Reporter.make_progress() as progress:
-        record = harden_model(model, output, profile=profile, seed=seed, events=Reporter(progress))
+    with Reporter.open() as report:
+        record = harden_model(model, output, profile=profile, seed=seed, events=report)
     table = make_table(
         f"{record['source']}, profile {profile}", ("expert", "input", "blocks", "channels", "factor"), left=2
     )

@@ -53,16 +53,15 @@ def climb_ladder(model: str, yardstick: Yardstick, options: LadderOptions, devic
         key, recipes = _swept(recipes, options.sweep)
     for path in (options.output, options.markdown, options.plot):
         _make_parent(path)
-    with Reporter.make_progress() as progress:
-        task = progress.add_task("ladder", total=None)
+    with Reporter.open() as report:
 
         def show(event: str, value: Any) -> None:
             if event == "total":
-                progress.reset(task, total=value)
+                report.begin("ladder", value, "share")
             elif event == "advance":
-                progress.advance(task, value)
+                report.advance(value)
             elif event == "step":
-                progress.console.print(f"  {value}", highlight=False, markup=False)
+                report("step", value)
 
         result = run_ladder(
             model, recipes, options.calibration or [], yardstick, options.work or Path("ladder"),

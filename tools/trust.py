@@ -51,7 +51,7 @@ def trust(
         console.print(f"no longer trusted: {len(known)} files ({trust_path()})", highlight=False, markup=False)
         return
     total = sum(size for size, _ in opened.files.values())
-    with progress_bar("hashing", total) as advance:
+    with progress_bar("hashing", total, "bytes") as advance:
         opened.verify(progress=lambda _, size: advance(size))
     console.print(_table(opened))
     if entries.keys() <= trusted_hashes():

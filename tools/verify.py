@@ -28,7 +28,7 @@ def verify(
     from hif4c.runtime.verify import verify_artifact
 
     total = sum(size for size, _ in open_artifact(artifact).files.values())
-    with progress_bar("hashing", total) as advance:
+    with progress_bar("hashing", total, "bytes") as advance:
         checks = verify_artifact(artifact, progress=lambda _, size: advance(size), kernels=kernels)
     table = make_table(str(artifact), ("expert", "nodes", "codes", "4-bit linears", "whole expert", "verdict"))
     for check in checks:
