@@ -13,7 +13,6 @@ from pathlib import Path
 
 from hif4c.compiler.calibration import Calibration
 from hif4c.compiler.calibration_run import CalibrationOptions, run_calibration
-from hif4c.compiler.capture import build_transformer
 from hif4c.compiler.checkpoint import Checkpoint
 from hif4c.compiler.components import copy_components
 from hif4c.compiler.experts import DTYPE, Events, ExpertBuilder
@@ -21,9 +20,10 @@ from hif4c.compiler.kernels import build_kernels, check_targets, trust_built_ker
 from hif4c.compiler.locate import ModelLocation, describe_model, locate_model
 from hif4c.compiler.manifest import write_manifest
 from hif4c.compiler.plan import make_plan
-from hif4c.compiler.recipe import DEFAULT_RECIPE, Recipe, load_recipe
+from hif4c.compiler.recipe import Recipe
 from hif4c.compiler.report import write_report
 from hif4c.compiler.staging import staged_directory
+from hif4c.compiler.wan_parameters import parameter_shapes
 from hif4c.runtime.artifact import open_artifact
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.golden import make_golden
@@ -31,7 +31,7 @@ from hif4c.runtime.native import native_kernels, portable_kernels
 from hif4c.runtime.safetensors_stream import StreamingWriter, TensorSpec
 from hif4c.runtime.transformer import load_expert
 
-__all__ = ["CompileOptions", "Events", "compile_model", "resolve_recipes"]
+__all__ = ["CompileOptions", "Events", "compile_model"]
 
 SMALL_MODEL_BYTES = 2_000_000_000
 """Models up to this size are calibrated by `compile` itself where a recipe needs it."""
@@ -58,27 +58,6 @@ class CompileOptions:
     revision: str | None = None
     calibration: Path | None = None
     targets: tuple[str, ...] = ("cpu",)
-
-
-def resolve_recipes(experts: list[str], chosen: list[str], only: list[str]) -> dict[str, Recipe]:
-    """Turn `--recipe` and `--expert` values into one recipe an expert.
-
-    Args:
-        experts: those that the model has.
-        chosen: "NAME" for all experts, or "EXPERT=NAME"; later ones win.
-        only: experts to compile, empty for all.
-
-    Raises:
-        Hif4Error: an expert that the model does not have, or an unknown recipe.
-    """
-    for name in [*only, *(item.split("=", 1)[0] for item in chosen if "=" in item)]:
-        if name not in experts:
-            raise Hif4Error(f"the model has no expert {name!r}; it has {', '.join(experts)}.")
-    names = dict.fromkeys(experts, DEFAULT_RECIPE)
-    for item in chosen:
-        expert, found, recipe = item.partition("=")
-        names.update({expert: recipe} if found else dict.fromkeys(experts, item))
-    return {expert: load_recipe(name) for expert, name in names.items() if not only or expert in only}
 
 
 def compile_model(model: str, output: str | os.PathLike[str], options: CompileOptions, events: Events) -> Path:
@@ -188,8 +167,7 @@ def _opened(location: ModelLocation, names: list[str]) -> Iterator[dict[str, Che
         for name in names:
             config = location.configs[name]
             checkpoint = stack.enter_context(Checkpoint(location.experts[name], config, location.layout))
-            parameters = build_transformer(config, DTYPE).named_parameters()
-            checkpoint.check({key: tuple(value.shape) for key, value in parameters})
+            checkpoint.check(parameter_shapes(config))
             checkpoints[name] = checkpoint
         yield checkpoints
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
 
-from hif4c.compiler.capture import build_transformer
 from hif4c.compiler.models import WanConfig
 from hif4c.compiler.recipe import Recipe
+from hif4c.compiler.wan_parameters import is_linear_weight, parameter_shapes
 from hif4c.passes.mark_boundaries import BLOCK_PATTERN
 from hif4c.passes.program import Decision, Precision
 from hif4c.runtime.errors import Hif4Error
@@ -84,7 +83,7 @@ def make_plan(config: WanConfig, recipe: Recipe, dtype: torch.dtype = torch.bflo
     """Decide the precision of every linear of one expert.
 
     Args:
-        config: the transformer's config; the module is built from it without weights.
+        config: the transformer's config.
         recipe: what the blocks' linears become.
         dtype: dtype of the stored high-precision weights, for the sizes.
 
@@ -92,22 +91,21 @@ def make_plan(config: WanConfig, recipe: Recipe, dtype: torch.dtype = torch.bflo
         Hif4Error: a glob of the recipe matches no linear of a block; its rank, outlier columns or rotation do not fit
             one; or its budget is less than 4-bit weights take.
     """
-    model = build_transformer(config, dtype)
-    paths = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    shapes = parameter_shapes(config)
+    paths = [name.removesuffix(".weight") for name in shapes if is_linear_weight(name)]
     _check_globs(recipe, [path for path in paths if BLOCK_PATTERN.match(path)])
     size = dtype.itemsize
     linears = []
-    for path, module in paths.items():
-        precision, reason = _decide(path, module.in_features, recipe)
-        bias = 0 if module.bias is None else module.bias.numel() * size
-        before = module.weight.numel() * size + bias
-        linear = PlannedLinear(
-            Decision(path, precision, reason), module.in_features, module.out_features, before, before
-        )
+    for path in paths:
+        outputs, inputs = shapes[f"{path}.weight"]
+        precision, reason = _decide(path, inputs, recipe)
+        bias = outputs * size
+        before = inputs * outputs * size + bias
+        linear = PlannedLinear(Decision(path, precision, reason), inputs, outputs, before, before)
         linears.append(linear if precision == Precision.HIGH else _quantized(linear, bias, recipe))
     if recipe.average_bits is not None:
         _check_budget(recipe, recipe.average_bits, [linear for linear in linears if linear.decision.quantized])
-    total = sum(parameter.numel() for parameter in model.parameters()) * size
+    total = sum(math.prod(shape) for shape in shapes.values()) * size
     return ExpertPlan(tuple(linears), total - sum(linear.bytes_before for linear in linears))
 
 

@@ -15,7 +15,7 @@ from hif4c.passes.program import Precision
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.rotation import MAX_WIDTH
 
-__all__ = ["DEFAULT_RECIPE", "Recipe", "builtin_recipes", "load_recipe"]
+__all__ = ["DEFAULT_RECIPE", "Recipe", "builtin_recipes", "load_recipe", "resolve_recipes"]
 
 DEFAULT_RECIPE = "best"
 LARGEST = "largest"
@@ -123,6 +123,27 @@ def load_recipe(name: str) -> Recipe:
     close = difflib.get_close_matches(name, recipes, n=1)
     hint = f"; did you mean {close[0]}?" if close else "."
     raise Hif4Error(f"there is no recipe {name!r}{hint} Built in: {', '.join(recipes)}; or give a .toml file.")
+
+
+def resolve_recipes(experts: list[str], chosen: list[str], only: list[str]) -> dict[str, Recipe]:
+    """Turn `--recipe` and `--expert` values into one recipe an expert.
+
+    Args:
+        experts: those that the model has.
+        chosen: "NAME" for all experts, or "EXPERT=NAME"; later ones win.
+        only: experts to compile, empty for all.
+
+    Raises:
+        Hif4Error: an expert that the model does not have, or an unknown recipe.
+    """
+    for name in [*only, *(item.split("=", 1)[0] for item in chosen if "=" in item)]:
+        if name not in experts:
+            raise Hif4Error(f"the model has no expert {name!r}; it has {', '.join(experts)}.")
+    names = dict.fromkeys(experts, DEFAULT_RECIPE)
+    for item in chosen:
+        expert, found, recipe = item.partition("=")
+        names.update({expert: recipe} if found else dict.fromkeys(experts, item))
+    return {expert: load_recipe(name) for expert, name in names.items() if not only or expert in only}
 
 
 def _parse(text: str, name: str, where: str) -> Recipe:

@@ -16,10 +16,10 @@ from diffusers import WanTransformer3DModel
 from hif4c.compiler import compile as compile_module
 from hif4c.compiler import experts as experts_module
 from hif4c.compiler.capture import capture
-from hif4c.compiler.compile import CompileOptions, compile_model, resolve_recipes
+from hif4c.compiler.compile import CompileOptions, compile_model
 from hif4c.compiler.emit import to_graph
 from hif4c.compiler.models import WanConfig
-from hif4c.compiler.recipe import load_recipe
+from hif4c.compiler.recipe import load_recipe, resolve_recipes
 from hif4c.passes.program import Program
 from hif4c.runtime.executor import Executor
 from hif4c.runtime.format import quantize

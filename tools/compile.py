@@ -47,9 +47,10 @@ def compile_command(
     The artifact appears under its name only when it is complete and a fresh process has loaded and verified it. The
     kernels that were built into it are recorded as trusted on this machine; elsewhere that takes `hif4c trust`.
     """
-    from hif4c.compiler.compile import CompileOptions, compile_model, resolve_recipes
+    from hif4c.compiler.compile import CompileOptions, compile_model
     from hif4c.compiler.kernels import check_targets, resolve_targets
     from hif4c.compiler.locate import describe_model
+    from hif4c.compiler.recipe import resolve_recipes
     from hif4c.compiler.report import render_report
     from hif4c.runtime.artifact import open_artifact
 

@@ -36,9 +36,9 @@ def plan(
 
     Reads only the config: nothing expensive is run.
     """
-    from hif4c.compiler.compile import resolve_recipes
     from hif4c.compiler.locate import describe_model
     from hif4c.compiler.plan import make_plan
+    from hif4c.compiler.recipe import resolve_recipes
 
     description = describe_model(model, revision=revision)
     recipes = resolve_recipes(list(description.configs), recipe or [], expert or [])

@@ -3,8 +3,7 @@ import json
 
 import pytest
 
-from hif4c.compiler.compile import resolve_recipes
-from hif4c.compiler.recipe import DEFAULT_RECIPE, Recipe, builtin_recipes, load_recipe
+from hif4c.compiler.recipe import DEFAULT_RECIPE, Recipe, builtin_recipes, load_recipe, resolve_recipes
 from hif4c.passes.program import Precision
 from hif4c.runtime.errors import Hif4Error
 

@@ -14,9 +14,10 @@ from hif4c.compiler import calibrate as calibrate_module
 from hif4c.compiler import compile as compile_module
 from hif4c.compiler import experts as experts_module
 from hif4c.compiler.calibration_run import CalibrationOptions
-from hif4c.compiler.compile import CompileOptions, compile_model, resolve_recipes
+from hif4c.compiler.compile import CompileOptions, compile_model
 from hif4c.compiler.evaluation import evaluate_pair, sample_clips
 from hif4c.compiler.models import tiny_directory
+from hif4c.compiler.recipe import resolve_recipes
 from hif4c.compiler.tiny.world import held_out_prompts
 from hif4c.runtime import load_pipeline
 from hif4c.runtime.artifact import open_artifact

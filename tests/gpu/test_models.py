@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hif4c.compiler.compile import CompileOptions, compile_model, resolve_recipes
+from hif4c.compiler.compile import CompileOptions, compile_model
 from hif4c.compiler.evaluation import evaluate_pair, sample_clips
 from hif4c.compiler.models import tiny_directory
+from hif4c.compiler.recipe import resolve_recipes
 from hif4c.compiler.tiny.world import held_out_prompts
 from hif4c.runtime import load, load_pipeline
 from hif4c.runtime.artifact import open_artifact
