@@ -11,9 +11,12 @@ The sign bit is set exactly when x < 0, also where q rounds to 0 (the official s
 -0.0 is not below 0 and packs to nibble 0. A unit that holds NaN or Inf packs to E6M2 = 0xFF with every other bit 0.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from hif4c.runtime.errors import Hif4Error
@@ -196,11 +199,17 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, k: int, dtype: torch.d
     flat_scales = scales.reshape(-1, units, SCALE_BYTES)
     rows = flat_codes.shape[0]
     out = torch.empty((rows, k), dtype=dtype, device=codes.device)
-    table = _byte_table(codes.device)
+    in_place = dtype == torch.float32 and k == units * UNIT
+    tables = _decoding_tables(codes.device)
     step = _rows_per_block(units * UNIT, codes.device)
     for start in range(0, rows, step):
         block = slice(start, start + step)
-        out[block] = _decode_rows(flat_codes[block], flat_scales[block], table)[:, :k]
+        if in_place:
+            _decode_rows(flat_codes[block], flat_scales[block], tables, out[block])
+        else:
+            values = torch.empty((len(flat_codes[block]), units * UNIT), dtype=torch.float32, device=codes.device)
+            _decode_rows(flat_codes[block], flat_scales[block], tables, values)
+            out[block] = values[:, :k]
     return out.view(*codes.shape[:-1], k)
 
 
@@ -224,19 +233,44 @@ def unit_scales(scales: torch.Tensor) -> torch.Tensor:
     return (bits << 21).view(torch.float32).masked_fill_(stored == NAN_E6M2, torch.nan)
 
 
-def _decode_rows(codes: torch.Tensor, scales: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Values fp32 [n, Kp] of codes [n, Kp/2] and scales [n, U, 4]; `table` from `_byte_table`."""
-    pairs = table.index_select(0, codes.reshape(-1).to(torch.int32)).view(torch.float32)
-    step = unit_scales(scales)[..., None] * (1 << _exponents(scales)).float()
-    return pairs.view(-1, LEVEL3_RUN).mul_(step.view(-1, 1)).view(codes.shape[0], -1)
+def _decode_rows(
+    codes: torch.Tensor, scales: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor
+) -> None:
+    """Write values fp32 [n, Kp] of codes [n, Kp/2] and scales [n, U, 4] to `out`; `tables` from `_decoding_tables`."""
+    pairs, powers = tables
+    flat = scales.reshape(-1, SCALE_BYTES)
+    half, whole = flat[:, 1], flat[:, 2:]
+    index = torch.stack((half >> 4, half & 0xF), dim=1).to(torch.int32).mul_(256).add_(whole)
+    halves = out.view(-1, UNIT // 2)
+    torch.index_select(powers, 0, index.view(-1), out=halves)
+    units = halves.view(-1, UNIT)
+    units.mul_(unit_scales(flat)[:, None])
+    units.mul_(pairs.index_select(0, codes.reshape(-1).to(torch.int32)).view(torch.float32).view(-1, UNIT))
 
 
-def _byte_table(device: torch.device) -> torch.Tensor:
-    """For each code byte its two signed magnitudes as fp32 (-0.0 for nibble 8), one int64 entry for the pair."""
-    nibble = torch.arange(16, device=device)
-    value = torch.where(nibble > 7, -(nibble & 7).float(), (nibble & 7).float())
-    low, high = value.repeat(16), value.repeat_interleave(16)
-    return torch.stack((low, high), dim=-1).view(torch.int64).view(-1)
+def _decoding_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """`_decoding_arrays` on a device; without a copy on the CPU."""
+    pairs, powers = _decoding_arrays()
+    return torch.from_numpy(pairs).to(device), torch.from_numpy(powers).to(device)
+
+
+@functools.cache
+def _decoding_arrays() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """What the bytes of a unit stand for.
+
+    First, for each code byte, its two signed magnitudes as fp32 (-0.0 for nibble 8), one int64 entry [256] for the
+    pair. Second, for four bits of E1_8 and the byte of E1_16 below them, 2^(E1_8 + E1_16) of their 32 elements, fp32
+    [16 * 256, 32].
+    """
+    nibble = np.arange(16)
+    value = np.where(nibble > _MAX_Q, -1, 1).astype(np.float32) * (nibble & _MAX_Q).astype(np.float32)
+    byte = np.arange(256)
+    pairs = np.stack((value[byte & 0xF], value[byte >> 4]), axis=-1).view(np.int64).reshape(-1)
+    index = np.arange(16 * 256)[:, None]
+    level2 = ((index >> 8) >> np.arange(3, -1, -1) & 1).repeat(LEVEL2_RUN // LEVEL3_RUN, axis=-1)
+    level3 = index >> np.arange(7, -1, -1) & 1
+    powers = (1 << (level2 + level3)).astype(np.float32).repeat(LEVEL3_RUN, axis=-1)
+    return pairs, powers
 
 
 def _exponents(scales: torch.Tensor) -> torch.Tensor:
