@@ -8,12 +8,13 @@ import sys
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path.pop(0)  # run as a script: this folder must not hide the standard library (inspect)
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hif4c.tools.console import KERNELS_HELP, MAX_SEED, console, find_base, parse_size, progress_bar, run_command
+from hif4c.tools.console import KERNELS_HELP, MAX_SEED, Reporter, console, find_base, parse_size, run_command, silence
 
 __all__ = ["sample"]
 
@@ -39,9 +40,15 @@ def sample(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
 ) -> None:
-    """Sample one clip: mp4, gif and a contact sheet."""
+    """Sample one clip: mp4, gif and a contact sheet.
+
+    With `torchrun --nproc-per-node 2 --no-python hif4c sample ...` two processes, on two GPUs or on the CPU, share the
+    work of every step: one predicts with the prompt and the other with the negative prompt. The clip is the same.
+    """
+    from hif4c.compiler.ranks import start_ranks
     from hif4c.runtime.artifact import open_artifact
     from hif4c.runtime.media import check_clip_path, save_clip
+    from hif4c.runtime.parallel_guidance import check_guidance_ranks, split_guidance
     from hif4c.runtime.pipeline import load_pipeline
     from hif4c.runtime.sampling import SamplingSettings, decode_latents, open_image, sample_latents
 
@@ -52,16 +59,25 @@ def sample(
         model["sampling"], height=height, width=width, frames=frames, steps=steps, guidance=guidance
     )
     first_frame = open_image(image, model["pipeline_class"], settings)
-    pipeline = load_pipeline(artifact, base=find_base(base), device=device, kernels=kernels)
-    settings.check(pipeline)
-    with progress_bar("sampling", settings.steps) as advance:
-        latents = sample_latents(
-            pipeline, [prompt], [seed], settings,
-            negative_prompt=negative_prompt, image=first_frame, on_step=lambda: advance(1),
-        )  # fmt: skip
-    (clip,) = decode_latents(pipeline, latents)
-    for path in save_clip(clip, output, settings.fps):
-        console.print(f"wrote {path}", highlight=False, markup=False)
+    with start_ranks(device) as ranks:
+        check_guidance_ranks(ranks.count, settings.guidance)
+        if not ranks.first:
+            silence()
+        with ranks.together():
+            place = ranks.device if ranks.device.type == "cuda" else device
+            pipeline = load_pipeline(artifact, base=find_base(base), device=place, kernels=kernels)
+            settings.check(pipeline)
+        shared = split_guidance(pipeline) if ranks.count > 1 else contextlib.nullcontext()
+        with shared, Reporter.open(silent=not ranks.first) as report:
+            report.begin("sampling", settings.steps)
+            latents = sample_latents(
+                pipeline, [prompt], [seed], settings,
+                negative_prompt=negative_prompt, image=first_frame, on_step=lambda: report.advance(1),
+            )  # fmt: skip
+    if ranks.first:
+        (clip,) = decode_latents(pipeline, latents)
+        for path in save_clip(clip, output, settings.fps):
+            console.print(f"wrote {path}", highlight=False, markup=False)
 
 
 if __name__ == "__main__":
