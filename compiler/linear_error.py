@@ -6,17 +6,19 @@ import math
 
 import torch
 
-from hif4c.compiler.masks import relative_error
-from hif4c.compiler.planes import Planes
+from hif4c.compiler.planes import Planes, PreparedWeight
 from hif4c.passes.program import Decision, Precision
 
 __all__ = ["linear_sqnr"]
+
+BLOCK_ELEMENTS = 1 << 22
+"""Elements of a weight that are multiplied at once: its float32 form is not in memory as a whole."""
 
 
 def linear_sqnr(
     decision: Decision,
     rows: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | PreparedWeight,
     planes: Planes,
     mask: torch.Tensor | None,
     shift: torch.Tensor | None = None,
@@ -35,23 +37,32 @@ def linear_sqnr(
     x = rows if shift is None else rows - shift
     x = (x * mask if folded and mask is not None else x).to(torch.bfloat16)
     own_mask = None if folded else mask
-    side = side_weight = None
+    side = None
     if "up" in planes:
         parts = []
         if "down" in planes:
             parts.append(torch.nn.functional.linear(x, planes["down"]))
         if mask is not None and bool((mask == 0).any()):
             parts.append(x[:, mask == 0])
-        side, side_weight = torch.cat(parts, -1), planes["up"]
-    packed = (planes["codes"], planes["scales"])
-    if decision.precision == Precision.W4A4:
-        quantized = torch.ops.hif4.quantize(x, own_mask, decision.hadamard)
-        found = torch.ops.hif4.linear(*quantized, *packed, None, None, torch.float32, side, side_weight)
-    else:
-        found = torch.ops.hif4.linear_w4(
-            x, *packed, None, own_mask, decision.hadamard, None, torch.float32, side, side_weight
-        )
-    if shift is not None:
-        found = found + shift @ weight.T
-    error = relative_error(found, rows @ weight.T)
-    return math.inf if error == 0 else -10 * math.log10(error)
+        side = torch.cat(parts, -1)
+    quantized = torch.ops.hif4.quantize(x, own_mask, decision.hadamard)
+    signal = noise = 0.0
+    step = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        some = slice(start, start + step)
+        part, packed = weight[some], (planes["codes"][some], planes["scales"][some])
+        side_weight = planes["up"][:, some] if "up" in planes else None
+        if decision.precision == Precision.W4A4:
+            found = torch.ops.hif4.linear(*quantized, *packed, None, None, torch.float32, side, side_weight)
+        else:
+            found = torch.ops.hif4.linear_w4(
+                x, *packed, None, own_mask, decision.hadamard, None, torch.float32, side, side_weight
+            )
+        if shift is not None:
+            found = found + shift @ part.T
+        expected = (rows @ part.T).double()
+        signal += float(expected.square().sum())
+        noise += float((found.double() - expected).square().sum())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ import torch
 from hif4c.compiler.checkpoint import Checkpoint
 from hif4c.compiler.gptq import gptq
 from hif4c.compiler.scale_search import search_scales
+from hif4c.compiler.workers import in_order
 from hif4c.passes.program import Program, TensorSource, inverse_mask
-from hif4c.runtime.format import quantize
+from hif4c.runtime.format import packed_shapes
 from hif4c.runtime.rotation import block_hadamard
 from hif4c.runtime.safetensors_stream import tensor_bytes
 
@@ -20,6 +22,7 @@ __all__ = [
     "InputStatistics",
     "PackedTensor",
     "Planes",
+    "PreparedWeight",
     "make_planes",
     "pack_tensors",
     "prepared_weight",
@@ -73,6 +76,10 @@ SVD_OVERSAMPLING = 8
 SVD_ITERATIONS = 4
 SHIFTED_ROWS = 512
 """Rows of a weight that are in float64 at once."""
+BLOCK_ELEMENTS = 1 << 18
+"""Elements of a weight that are in float32 at once: what is made of them stays in the cache of a core."""
+SEARCHED_ELEMENTS = 1 << 24
+"""The same where scales are searched, which takes its own blocks of many rows and a few columns."""
 
 
 def whole_tensor(source: TensorSource, program: Program, checkpoint: Checkpoint) -> torch.Tensor:
@@ -99,11 +106,43 @@ def whole_tensor(source: TensorSource, program: Program, checkpoint: Checkpoint)
     return found
 
 
-def prepared_weight(source: TensorSource, tensor: torch.Tensor, program: Program) -> torch.Tensor:
-    """W [N, K] float32 with its rows masked, in the numbers that the unquantized program computes with."""
-    # Through the dtype that the unquantized model computes in: the same numbers that the Q/DQ program quantizes.
-    weight = tensor.to(source.packed_from).float()
-    return weight if source.row_mask is None else weight * program.masks[source.row_mask].float()[:, None]
+@dataclass(frozen=True)
+class PreparedWeight:
+    """W [N, K] with its rows masked, in the numbers that the unquantized program computes with.
+
+    It is made when rows of it are asked for: a whole one in float32 takes twice the memory of the checkpoint's.
+    """
+
+    tensor: torch.Tensor
+    dtype: torch.dtype
+    row_mask: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, K]."""
+        return self.tensor.shape
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """Some rows [n, K], float32."""
+        return self.exact(rows).float()
+
+    def exact(self, rows: slice = slice(None)) -> torch.Tensor:
+        """Some rows [n, K] in a dtype that holds them exactly; the checkpoint's own memory where nothing changes."""
+        # Through the dtype that the unquantized model computes in: the same numbers that the Q/DQ program quantizes.
+        weight = self.tensor[rows].to(self.dtype)
+        return weight if self.row_mask is None else weight.float() * self.row_mask[rows, None]
+
+    def blocks(self, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
+        """All rows, some of about so many elements at a time."""
+        step = max(1, elements // self.shape[1])
+        return (slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
+
+
+def prepared_weight(source: TensorSource, tensor: torch.Tensor, program: Program) -> PreparedWeight:
+    """The weight of a packed tensor's source [N, K] as the unquantized program has it."""
+    assert source.packed_from is not None
+    row_mask = None if source.row_mask is None else program.masks[source.row_mask].float()
+    return PreparedWeight(tensor, source.packed_from, row_mask)
 
 
 def make_planes(
@@ -120,34 +159,71 @@ def make_planes(
     Raises:
         ValueError: the rounding needs statistics and there are none.
     """
+    hessian = None if statistics is None else statistics.hessian
+    if (source.rounding == "gptq" and hessian is None) or (source.rounding == "search" and statistics is None):
+        raise ValueError(f"{source.source}: rounding {source.rounding} needs statistics of the input")
     weight = prepared_weight(source, tensor, program)
     mask = None if source.mask is None else program.masks[source.mask].float()
-    masked = weight if mask is None else weight * inverse_mask(mask)
+    inverse = None if mask is None else inverse_mask(mask)
     planes: Planes = {}
     up: list[torch.Tensor] = []
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
     if source.rank:
-        right, left = _low_rank(masked, source.rank)
+        right, left = _low_rank(_whole(weight, inverse, None), source.rank)
         # Factors are stored in bf16 for what the branch reads, and what they lose stays in the residual.
         reads_raw = mask if mask is not None and not source.mask_folded else torch.ones(weight.shape[1])
         planes["down"] = (right * reads_raw).to(torch.bfloat16)
         up.append(left.to(torch.bfloat16))
-        masked = masked - up[0].float().T @ (planes["down"].float() * inverse_mask(reads_raw))
+        low_rank = up[0].float().T, planes["down"].float() * inverse_mask(reads_raw)
     if mask is not None and bool((mask == 0).any()):
-        up.append(weight[:, mask == 0].T.to(torch.bfloat16))
+        outliers = (mask == 0).nonzero()[:, 0]
+        columns = [weight.exact(rows).index_select(1, outliers) for rows in weight.blocks()]
+        up.append(torch.cat(columns).T.to(torch.bfloat16))
     if up:
         planes["up"] = torch.cat(up).contiguous()
-    if source.rounding == "nearest":
-        codes, scales = quantize(masked, None, source.hadamard)
-    else:
-        if statistics is None or (source.rounding == "gptq" and statistics.hessian is None):
-            raise ValueError(f"{source.source}: rounding {source.rounding} needs statistics of the input")
-        rotated = (block_hadamard(masked, source.hadamard) if source.hadamard > 1 else masked).contiguous()
-        if source.rounding == "gptq" and statistics.hessian is not None:
-            damping = min(max(rotated.shape[1] / statistics.tokens, MIN_DAMPING), MAX_DAMPING)
-            codes, scales = gptq(rotated, statistics.hessian, damping=damping, name=str(source.source))
+    if source.rounding == "gptq" and statistics is not None and hessian is not None:
+        rotated = _rotated(_whole(weight, inverse, low_rank), source.hadamard)
+        damping = min(max(rotated.shape[1] / statistics.tokens, MIN_DAMPING), MAX_DAMPING)
+        codes, scales = gptq(rotated, hessian, damping=damping, name=str(source.source))
+        return {**planes, "codes": codes, "scales": scales}
+    if low_rank is None and weight.row_mask is None and source.rounding == "nearest":
+        codes, scales = torch.ops.hif4.quantize(weight.exact(), inverse, source.hadamard)
+        return {**planes, "codes": codes, "scales": scales}
+    shapes = packed_shapes(weight.shape)
+    codes, scales = (torch.empty(shape, dtype=torch.uint8) for shape in shapes)
+    for rows in weight.blocks(BLOCK_ELEMENTS if source.rounding == "nearest" else SEARCHED_ELEMENTS):
+        residual = _residual(weight, rows, inverse, low_rank)
+        if statistics is None or source.rounding == "nearest":
+            found = torch.ops.hif4.quantize(residual, None, source.hadamard)
         else:
-            codes, scales = search_scales(rotated, statistics.energy)
+            found = search_scales(_rotated(residual, source.hadamard), statistics.energy)
+        codes[rows], scales[rows] = found
     return {**planes, "codes": codes, "scales": scales}
+
+
+def _residual(
+    weight: PreparedWeight,
+    rows: slice,
+    inverse: torch.Tensor | None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None,
+) -> torch.Tensor:
+    """Rows [n, K] of the weight, float32, divided by the mask, less the product of its low-rank factors."""
+    masked = weight[rows] if inverse is None else weight[rows] * inverse
+    return masked if low_rank is None else masked - low_rank[0][rows] @ low_rank[1]
+
+
+def _whole(
+    weight: PreparedWeight, inverse: torch.Tensor | None, low_rank: tuple[torch.Tensor, torch.Tensor] | None
+) -> torch.Tensor:
+    """All rows of the residual, made in blocks so that nothing of their size is beside them."""
+    result = torch.empty(weight.shape)
+    for rows in weight.blocks():
+        result[rows] = _residual(weight, rows, inverse, low_rank)
+    return result
+
+
+def _rotated(weight: torch.Tensor, width: int) -> torch.Tensor:
+    return (block_hadamard(weight, width) if width > 1 else weight).contiguous()
 
 
 def stored_dtype(source: TensorSource, checkpoint: Checkpoint) -> torch.dtype:
@@ -165,7 +241,7 @@ def pack_tensors(
     *,
     solved: Callable[[str], Planes | None] = lambda source: None,
     statistics: Callable[[TensorSource], InputStatistics | None] = lambda source: None,
-    measure: Callable[[TensorSource, torch.Tensor, Planes], float | None] | None = None,
+    measure: Callable[[TensorSource, PreparedWeight, Planes], float | None] | None = None,
 ) -> Iterator[PackedTensor]:
     """The stored form of each group of tensors that are made from one checkpoint tensor, in order.
 
@@ -173,49 +249,68 @@ def pack_tensors(
         groups: the tensors, side by side those that have the same source.
         program: with the masks.
         checkpoint: every tensor is checked for NaN and infinity as it is read; its memory is given back when the next
-            result is asked for.
+            result is asked for. Read by several threads at a time, which also call the functions below.
         solved: planes that were made before (with a Hessian), by the name of the checkpoint's tensor.
         statistics: of a weight's input, for a rounding other than "nearest".
-        measure: called with a plane's source, its prepared weight [N, K] float32 and all its planes.
+        measure: called with a plane's source, its weight and all its planes.
 
     Raises:
         Hif4Error: a weight is not finite.
     """
-    for sources in groups:
+
+    def pack(sources: list[TensorSource]) -> PackedTensor:
         first = sources[0]
         if first.source is None:
             values = {source.name: source.value for source in sources if source.value is not None}
-            yield PackedTensor(None, values, None, 0, None)
-            continue
+            return PackedTensor(None, values, None, 0, None)
         tensor = checkpoint.read(first.source, validate=True)
-        sqnr = None
+        digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
         if first.plane == "whole":
             whole = whole_tensor(first, program, checkpoint).to(stored_dtype(first, checkpoint))
-            stored = {first.name: whole}
-        else:
-            planes = solved(first.source)
-            if planes is None:
-                known = None if first.rounding == "nearest" else statistics(first)
-                planes = make_planes(first, tensor, program, known)
-            stored = {source.name: planes[source.plane] for source in sources}
-            if measure is not None:
-                sqnr = measure(first, prepared_weight(first, tensor, program), planes)
-        digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
-        yield PackedTensor(first.source, stored, digest, tensor.nbytes, sqnr)
-        del tensor, stored
+            return PackedTensor(first.source, {first.name: whole}, digest, tensor.nbytes, None)
+        planes = solved(first.source)
+        if planes is None:
+            known = None if first.rounding == "nearest" else statistics(first)
+            planes = make_planes(first, tensor, program, known)
+        stored = {source.name: planes[source.plane] for source in sources}
+        sqnr = None if measure is None else measure(first, prepared_weight(first, tensor, program), planes)
+        size = tensor.nbytes
+        del tensor
         checkpoint.release(first.source)
+        return PackedTensor(first.source, stored, digest, size, sqnr)
+
+    with contextlib.closing(in_order(pack, groups, lambda sources: _working_bytes(sources[0], checkpoint))) as made:
+        for result in made:
+            yield result
+            if result.source is not None:
+                checkpoint.release(result.source)  # a whole tensor may be the mapped file itself
+
+
+def _working_bytes(source: TensorSource, checkpoint: Checkpoint) -> int:
+    """About what packing a tensor takes at its peak, its result included."""
+    if source.source is None:
+        return 0
+    elements = checkpoint.shape(source.source).numel()
+    size = elements * checkpoint.dtype(source.source).itemsize
+    if source.plane == "whole":
+        return 3 * size if source.changed else size
+    packed = size + elements * 9 // 16
+    return packed + 4 * elements if source.rank else packed
 
 
 def _low_rank(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Nearly the best rank-r approximation left^T right of a weight [N, K]: right [r, K] and left [r, N], float32.
 
-    By randomized SVD (Halko, Martinsson, Tropp, arXiv 0909.4061) with a fixed seed; a full one of every weight of a
-    large model would take hours.
+    By randomized SVD (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1); a full one of every weight
+    of a large model would take hours. A generator of its own, with a fixed seed: several weights are worked on at once.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        width = min(rank + SVD_OVERSAMPLING, *weight.shape)
-        u, values, v = torch.svd_lowrank(weight, q=width, niter=SVD_ITERATIONS)
+    width = min(rank + SVD_OVERSAMPLING, *weight.shape)
+    sketch = torch.randn(weight.shape[1], width, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(weight @ sketch).Q
+    for _ in range(SVD_ITERATIONS):
+        basis = torch.linalg.qr(weight.T @ basis).Q
+        basis = torch.linalg.qr(weight @ basis).Q
+    u, values, v = torch.linalg.svd(basis.T @ weight, full_matrices=False)
     # Split evenly, so that both factors have like magnitudes in bf16.
     root = values[:rank].sqrt()
-    return (v[:, :rank] * root).T.contiguous(), (u[:, :rank] * root).T.contiguous()
+    return (v[:rank] * root[:, None]).contiguous(), ((basis @ u[:, :rank]) * root).T.contiguous()
