@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,8 @@ def calibrate(
                 events("total", checkpoint.total_bytes)
                 store = CheckpointStore(program, checkpoint, lambda size: events("bytes", size))
                 watch = _Watch(program, calls[name], edges, writer, name, seed)
-                (outputs,) = interpret(watch.graph, [call.inputs for call in calls[name]], store, watch.on_node, device)
+                inputs = [call.inputs for call in calls[name]]
+                (outputs,) = interpret(watch.graph, inputs, store, watch=watch, device=device)
             if watch.left:
                 raise ValueError(f"{name}: the program never came to the inputs of {', '.join(watch.left)}")
             samples = [value.cpu() for value in outputs]
@@ -171,31 +172,44 @@ class _Watch:
     ) -> None:
         self.graph = to_graph(program)
         self.left = {group.name: group for group in find_groups(program)}
+        paths = {number: _linear_path(self.graph, node) for number, node in enumerate(self.graph.nodes)}
+        self._groups = {number: self.left[path] for number, path in paths.items() if path in self.left}
         self._bins = [_bin(call.noise_level, edges) for call in calls]
         self._bin_count = len(edges) - 1
         self._writer, self._expert = writer, expert
         self._generator = torch.Generator().manual_seed(seed)
+        self._sketch: ChannelSketch | None = None
+        self._rows: list[torch.Tensor] = []
 
-    def on_node(self, number: int, node: Node, inputs: list[torch.Tensor]) -> None:
-        """Take the input of a group's first reader into account; never replaces the node's value."""
-        path = _linear_path(self.graph, node)
-        if path is None or path not in self.left:
+    @property
+    def barriers(self) -> Collection[int]:
+        """The groups' first readers: one group's sketch is in memory."""
+        return self._groups.keys()
+
+    def on_input(self, number: int, node: Node, sample: int, value: Any) -> None:
+        """Take the input of a group's first reader into account."""
+        group = self._groups.get(number)
+        if group is None:
             return
-        group = self.left.pop(path)
-        sketch = ChannelSketch(group.channels, self._bin_count)
-        wanted = math.ceil(MAX_ROWS / len(inputs))
-        rows = []
-        for x, place in zip(inputs, self._bins, strict=True):
-            flat = x.reshape(-1, group.channels)
-            try:
-                sketch.update(flat, place)
-            except ValueError as error:
-                raise Hif4Error(
-                    f"{self._expert}, input of {path}: {error}; check the weights and the calibration's samples."
-                ) from None
-            chosen = torch.randperm(len(flat), generator=self._generator)[:wanted].sort().values
-            rows.append(flat[chosen.to(flat.device)].to(torch.bfloat16).cpu())
-        self._writer.add_group(self._expert, group, sketch, torch.cat(rows))
+        if self._sketch is None:
+            self._sketch = ChannelSketch(group.channels, self._bin_count)
+        flat = value.reshape(-1, group.channels)
+        try:
+            self._sketch.update(flat, self._bins[sample])
+        except ValueError as error:
+            raise Hif4Error(
+                f"{self._expert}, input of {group.name}: {error}; check the weights and the calibration's samples."
+            ) from None
+        wanted = math.ceil(MAX_ROWS / len(self._bins))
+        chosen = torch.randperm(len(flat), generator=self._generator)[:wanted].sort().values
+        self._rows.append(flat[chosen.to(flat.device)].to(torch.bfloat16).cpu())
+
+    def on_ready(self, number: int, inputs: Sequence[Any]) -> None:
+        """Write what was seen of a group."""
+        assert self._sketch is not None
+        group = self.left.pop(self._groups[number].name)
+        self._writer.add_group(self._expert, group, self._sketch, torch.cat(self._rows))
+        self._sketch, self._rows = None, []
 
 
 def _linear_path(graph: Graph, node: Node) -> str | None:

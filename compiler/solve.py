@@ -7,7 +7,7 @@ finished planes wait on the disk until the artifact's weight file is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ def solve(
         device: where the program runs.
     """
     store = _Store(program, graph, checkpoint, folder, progress)
-    interpret(graph, [call.inputs for call in calls], store, store.on_node, device)
+    interpret(graph, [call.inputs for call in calls], store, watch=store, device=device)
     return store.solved
 
 
@@ -118,9 +118,18 @@ class _Store:
                 del self._planes[spec.source]
         self._checkpoint.release(spec.source)
 
-    def on_node(self, number: int, node: Node, inputs: list[Any]) -> None:
+    @property
+    def barriers(self) -> Collection[int]:
+        """Where weights meet their inputs."""
+        return self._weights.keys()
+
+    def on_input(self, number: int, node: Node, sample: int, value: Any) -> None:
+        """Nothing yet: the inputs are read when all are there."""
+
+    def on_ready(self, number: int, inputs: Sequence[Any]) -> None:
         """Sum the Hessian of an input, for all the weights that will meet it."""
-        names = [name for name in self._weights.get(number, ()) if self._specs[name].rounding == "gptq"]
+        node = self._graph.nodes[number]
+        names = [name for name in self._weights[number] if self._specs[name].rounding == "gptq"]
         if node.target == "getitem" and names:
             channels = self._checkpoint.shape(str(self._specs[names[0]].source))[1]
             rows = (dequantize(codes, scales, channels, torch.float32).view(-1, channels) for codes, scales in inputs)
