@@ -3,13 +3,13 @@
 The styles that exist for Wan, by what wrote them:
 
 - diffusers and PEFT: `transformer.blocks.0.attn1.to_q.lora_A.weight`, `base_model.model.….lora_A.default.weight`
-- kohya's musubi-tuner: `lora_unet_blocks_0_self_attn_q.lora_down.weight` and `….alpha`
+- kohya's musubi-tuner: `lora_unet_blocks_0_self_attn_q.lora_down.weight` and `….alpha`; VideoX-Fun: `lora_unet__…`
 - Wan's own names, as ComfyUI and most trainers write them: `diffusion_model.blocks.0.self_attn.q.lora_A.weight`
 - lightx2v: the same with `lora_down`, and differences of whole tensors: `….diff` of a weight, `….diff_b` of a bias,
   `blocks.0.diff_m` of a modulation table
 
 Sources: `loaders/lora_conversion_utils.py` of huggingface/diffusers, `tools/extract/lora_extractor.py` of
-ModelTC/LightX2V, `networks/lora.py` of kohya-ss/musubi-tuner.
+ModelTC/LightX2V, `convert_lora.py` of kohya-ss/musubi-tuner.
 """
 
 import re
@@ -25,7 +25,9 @@ __all__ = ["LoraKey", "Role", "find_targets", "is_image_module", "parse_key"]
 Role = Literal["down", "up", "up_bias", "alpha", "weight", "bias", "modulation"]
 """What a tensor of the file is: a factor, the up factor's bias, alpha, or the difference of a whole tensor."""
 
-_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "lora_unet_", "lora_transformer_")
+_PREFIXES = (
+    "base_model.model.", "model.diffusion_model.", "diffusion_model.", "lora_unet__", "lora_unet_", "lora_transformer_",
+)  # fmt: skip
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora(?P<which>_A|_B|_down|_up|\.down|\.up)(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
 )

@@ -61,6 +61,7 @@ STYLES: dict[str, tuple[Callable[[str], str], str, str]] = {
     "PEFT": (lambda module: f"base_model.model.{module}", "lora_A.default.weight", "lora_B.default.weight"),
     "PEFT of a pipeline": (lambda module: f"base_model.model.transformer.{module}", "lora_A.weight", "lora_B.weight"),
     "kohya": (lambda module: f"lora_unet_{flat(module)}", "lora_down.weight", "lora_up.weight"),
+    "VideoX-Fun": (lambda module: f"lora_unet__{flat(module)}", "lora_down.weight", "lora_up.weight"),
     "ComfyUI": (lambda module: f"diffusion_model.{original(module)}", "lora_A.weight", "lora_B.weight"),
     "lightx2v": (lambda module: f"diffusion_model.{original(module)}", "lora_down.weight", "lora_up.weight"),
     "Wan": (original, "lora_A", "lora_B"),
