@@ -1,26 +1,22 @@
-"""A Wan transformer of any size with random weights: on disk as diffusers has it, and compiled, for measurements."""
+"""A Wan transformer of any size with made-up weights: on disk as diffusers has it, and compiled, for measurements."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hif4c.compiler.capture import build_transformer
 from hif4c.compiler.checkpoint import Checkpoint
 from hif4c.compiler.experts import DTYPE, ExpertBuilder
-from hif4c.compiler.locate import locate_model
+from hif4c.compiler.locate import ModelDescription, locate_model
 from hif4c.compiler.manifest import write_manifest
-from hif4c.compiler.models import WanConfig
+from hif4c.compiler.models import PipelineConfig, WanConfig
 from hif4c.compiler.plan import make_plan
 from hif4c.compiler.recipe import Recipe, load_recipe
+from hif4c.compiler.synthetic_checkpoint import CheckpointOptions, make_checkpoint
 from hif4c.runtime.native import native_kernels
-from hif4c.runtime.safetensors_stream import StreamingWriter, TensorSpec
 
-__all__ = ["RECIPE", "compile_random_model", "random_config", "write_random_model"]
+__all__ = ["RECIPE", "compile_random_model", "random_config"]
 
 RECIPE = "rotate"
 """The recipe of a compiled random model: the work of `best` when it runs, and no calibration."""
@@ -57,35 +53,14 @@ def random_config(width: int, heads: int, ffn: int, layers: int, text_dim: int) 
     return WanConfig.from_dict(values, f"width {width}, heads {heads}, ffn {ffn}, layers {layers}")
 
 
-def write_random_model(directory: Path, config: WanConfig, seed: int = 0) -> None:
-    """Write a pipeline's directory of which only the transformer exists.
-
-    Weights are bf16 and normal: matrices keep the size of what they multiply, norms are around 1, the rest is small.
-    """
-    folder = directory / "transformer"
-    folder.mkdir(parents=True)
-    _write_json(folder / "config.json", config.to_dict())
-    index = {"_class_name": "WanPipeline", "boundary_ratio": None, "transformer_2": [None, None]}
-    _write_json(directory / "model_index.json", index | {"transformer": ["diffusers", "WanTransformer3DModel"]})
-    generator = torch.Generator().manual_seed(seed)
-    parameters = {name: tuple(value.shape) for name, value in build_transformer(config, DTYPE).named_parameters()}
-    specs = [TensorSpec(name, DTYPE, shape) for name, shape in parameters.items()]
-    with StreamingWriter(folder, specs, base_name="diffusion_pytorch_model", metadata={"format": "pt"}) as writer:
-        for name, shape in parameters.items():
-            fan_in = torch.Size(shape[1:]).numel() if len(shape) > 1 else shape[0]
-            value = torch.randn(shape, generator=generator) * fan_in**-0.5
-            if ".norm" in name and name.endswith("weight"):
-                value += 1
-            writer.write(name, value.to(DTYPE))
-
-
 def compile_random_model(directory: Path, config: WanConfig, seed: int = 0) -> tuple[Path, Path]:
     """Write a random model and its artifact below `directory`; returns their directories.
 
     The artifact has both programs, W4A4 and its variant with activations in bf16, and no bundled kernels.
     """
     model, artifact, scratch = (directory / name for name in ("model", "model.hif4", "scratch"))
-    write_random_model(model, config, seed)
+    description = ModelDescription(model.name, {"transformer": config}, PipelineConfig())
+    make_checkpoint(description, model, CheckpointOptions(seed=seed), _ignore)
     artifact.mkdir()
     scratch.mkdir()
     location = locate_model(str(model), expert_files_only=True)
@@ -107,7 +82,3 @@ class _BothPrograms(Recipe):
 
 def _ignore(event: str, value: Any) -> None:
     pass
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Small random Wan checkpoints on disk, in diffusers' layout and in Wan's own; every parameter is random."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,18 @@ import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 
+from hif4c.compiler.locate import ModelDescription, describe_model
 from hif4c.compiler.wan_names import to_original_name
 
-__all__ = ["VARIANTS", "build_transformer", "random_inputs", "small_config", "write_diffusers_model", "write_wan_model"]
+__all__ = [
+    "VARIANTS",
+    "build_transformer",
+    "narrow_model",
+    "random_inputs",
+    "small_config",
+    "write_diffusers_model",
+    "write_wan_model",
+]
 
 VARIANTS = {"t2v": (16, 16), "i2v": (36, 16), "ti2v": (48, 48)}
 """Input and output channels."""
@@ -61,6 +71,19 @@ def build_transformer(
         if ".norm" in name and name.endswith("weight"):
             parameter.add_(1)
     return model.to(dtype)
+
+
+def narrow_model(name: str, **changes: Any) -> ModelDescription:
+    """A built-in model with 2 layers of the smallest width that fits, everything else its own.
+
+    Args:
+        name: of the model.
+        changes: to the configuration of its experts.
+    """
+    model = describe_model(name)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 32, "ffn_dim": 128, "num_layers": 2, "text_dim": 64}
+    configs = {key: dataclasses.replace(config, **{**sizes, **changes}) for key, config in model.configs.items()}
+    return dataclasses.replace(model, configs=configs)
 
 
 def random_inputs(variant: str = "t2v", *, seed: int = 1, batch: int = 2) -> dict[str, torch.Tensor]:
