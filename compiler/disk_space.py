@@ -13,6 +13,7 @@ from hif4c.compiler.amounts import format_bytes
 from hif4c.compiler.models import WanConfig, read_json_object
 from hif4c.compiler.plan import ExpertPlan
 from hif4c.compiler.recipe import Recipe
+from hif4c.passes.program import Precision
 from hif4c.runtime.components import DATA_SUFFIXES, component_names
 from hif4c.runtime.errors import Hif4Error
 
@@ -23,10 +24,12 @@ __all__ = [
     "check_disk",
     "compile_disk",
     "components_bytes",
+    "existing_folder",
     "free_bytes",
     "partial_directory_of",
     "present_bytes",
     "recorded_tokens",
+    "waiting_bytes",
 ]
 
 GOLDEN_BYTES = 1 << 20
@@ -34,9 +37,6 @@ GOLDEN_BYTES = 1 << 20
 KERNEL_BYTES = {"portable": 0, "cpu": 1 << 20}
 GPU_KERNEL_BYTES = 16 << 20
 """Compiled kernels of one target, generously."""
-ALIVE_VALUES = 4
-"""Values of the model's width, in 16 bits, that a token has while GPTQ waits for all calls to arrive: the residual
-stream, queries, keys and values."""
 MEMORY_BUDGET = 2 << 30
 """Of such values this much stays in memory and needs no disk."""
 
@@ -56,7 +56,7 @@ def compile_disk(
         recipes: of the same experts.
         components: the pipeline's directory whose other components are copied; None for none (or for links).
         targets: what kernels are built for.
-        tokens: expert -> tokens of its recorded calls (`recorded_tokens`), for recipes that round by GPTQ; None for few.
+        tokens: expert -> tokens of its recorded calls (`recorded_tokens`), for rounding by GPTQ; None for few.
     """
     weights = planes = values = blocks = 0
     for name, plan in plans.items():
@@ -66,9 +66,8 @@ def compile_disk(
         blocks += len({linear.decision.path.split(".")[1] for linear in quantized})
         if recipe.rounding == "gptq":
             planes += sum(linear.plane_bytes for linear in quantized)
-            width = max((linear.out_features for linear in quantized if ".attn" in linear.decision.path), default=0)
-            alive = 2 * ALIVE_VALUES * width * (tokens or {}).get(name, 0)
-            values = max(values, alive - MEMORY_BUDGET)  # experts come one after the other
+            waiting = waiting_bytes(plan) * (tokens or {}).get(name, 0)
+            values = max(values, waiting - MEMORY_BUDGET)  # experts come one after the other
     kernels = sum(KERNEL_BYTES.get(target, GPU_KERNEL_BYTES) for target in targets)
     needs = {
         "weights": weights,
@@ -78,6 +77,17 @@ def compile_disk(
         "activations on the way": values,
     }
     return {name: count for name, count in needs.items() if count > 0}
+
+
+def waiting_bytes(plan: ExpertPlan) -> int:
+    """Bytes of a token while GPTQ waits for all calls to arrive: the residual stream and the widest quantized input."""
+    widths = [linear.out_features for linear in plan.linears if linear.decision.path.endswith("attn1.to_out.0")]
+    inputs = [
+        linear.in_features * 9 // 16 if linear.decision.precision == Precision.W4A4 else 2 * linear.in_features
+        for linear in plan.linears
+        if linear.decision.quantized
+    ]
+    return 2 * max(widths, default=0) + max(inputs, default=0)
 
 
 def recorded_tokens(calibration: ExpertCalibration, config: WanConfig) -> int:
@@ -110,7 +120,7 @@ def check_disk(target: Path, needs: Mapping[str, int], *, doing: str) -> None:
     Raises:
         Hif4Error: less is free than needed: how much of both, and where.
     """
-    folder = _existing(target.parent)
+    folder = existing_folder(target.parent)
     needed = sum(needs.values()) - present_bytes(partial_directory_of(target))
     free = free_bytes(folder)
     if free is None or needed <= free:
@@ -126,7 +136,7 @@ def check_disk(target: Path, needs: Mapping[str, int], *, doing: str) -> None:
 def free_bytes(path: Path) -> int | None:
     """Bytes that may be written to the file system of a path, of which parents are enough; None where nobody knows."""
     try:
-        return shutil.disk_usage(_existing(path)).free
+        return shutil.disk_usage(existing_folder(path)).free
     except OSError:
         return None
 
@@ -160,7 +170,7 @@ def _budget_bytes(plan: ExpertPlan, recipe: Recipe) -> int:
     return kept + int(recipe.average_bits * weights / 8)
 
 
-def _existing(path: Path) -> Path:
-    """The path, or the nearest parent that is there."""
+def existing_folder(path: Path) -> Path:
+    """The path, or the nearest of its parents that is there."""
     path = path.absolute()
     return next((folder for folder in (path, *path.parents) if folder.exists()), path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path.pop(0)  # run as a script: this folder must not hide the standard library (inspect)
@@ -15,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hif4c.tools.console import console, make_table, run_command
+from hif4c.tools.plan_estimate import show_estimate
 
 if TYPE_CHECKING:
     from hif4c.compiler.plan import ExpertPlan
@@ -30,11 +32,18 @@ def plan(
     ] = None,
     expert: Annotated[list[str] | None, typer.Option(help="Only this expert. Repeatable.")] = None,
     summary: Annotated[bool, typer.Option(help="Only the totals.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Time, disk and memory of calibrate and compile on this machine.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where the artifact would go, for --estimate. Default: here.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
 ) -> None:
     """Show every linear with its shape, precision, reason and bytes.
 
-    Reads only the config: nothing expensive is run.
+    Reads only the config: nothing expensive is run. With --estimate this machine is measured for some seconds, and the
+    linears are left out.
     """
     from hif4c.compiler.locate import describe_model
     from hif4c.compiler.plan import make_plan
@@ -50,7 +59,7 @@ def plan(
     sums = [0, 0, 0, 0]
     for name, chosen in recipes.items():
         expert_plan = plans[description.configs[name], chosen]
-        if not summary:
+        if not summary and not estimate:
             console.print(_linears(f"{name}, recipe {chosen.name}", expert_plan))
         quantized = sum(decision.quantized for decision in expert_plan.decisions)
         row = [quantized, len(expert_plan.linears) - quantized, expert_plan.bytes_before, expert_plan.bytes_after]
@@ -62,6 +71,11 @@ def plan(
     console.print(totals)
     for chosen in dict.fromkeys(recipes.values()):
         console.print(_explain(chosen), highlight=False, markup=False, soft_wrap=True)
+    if estimate:
+        named = {name: plans[description.configs[name], chosen] for name, chosen in recipes.items()}
+        show_estimate(
+            model, description, recipes, named, output or Path(f"{description.source.replace('/', '-')}.hif4")
+        )
 
 
 def _explain(recipe: Recipe) -> str:

@@ -22,7 +22,7 @@ def test_bytes(count, text):
     ("seconds", "text"),
     [
         (0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (252, "4 min 12 s"),
-        (3599.6, "1 h 00 min"), (46_800, "13 h 00 min"),
+        (3599.6, "1 h 00 min"), (46_800, "13 h 00 min"), (48 * 3600 - 31, "47 h 59 min"), (48 * 3600, "2 days 0 h"),
     ],
 )  # fmt: skip
 def test_seconds(seconds, text):
