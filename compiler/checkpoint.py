@@ -79,6 +79,11 @@ class Checkpoint:
         return list(self._places)
 
     @property
+    def files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return list(self._files)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(self.dtype(name).itemsize * self.shape(name).numel() for name in self._places)

@@ -6,14 +6,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from hif4c.compiler.calibration import ExpertCalibration, Group
 from hif4c.compiler.checkpoint import Checkpoint
+from hif4c.compiler.journal import Entry, Journal
 from hif4c.compiler.masks import MaskChoice, channel_mask, choose_mask, relative_error, round_trip
 from hif4c.compiler.plan import ExpertPlan, PlannedLinear, packed_bytes
+from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.compiler.recipe import LARGEST, SEARCH, Recipe
 from hif4c.compiler.sketch import ChannelSketch
 from hif4c.passes.program import Precision, inverse_mask
@@ -26,6 +28,9 @@ SEARCH_OUTPUTS = 512
 """Outputs of a linear that errors are measured on: evenly spaced rows of its weight."""
 SEARCH_READERS = 6
 """Linears of a group that its mask is searched on (the text's keys and values have two in every block)."""
+
+MASK, SHIFT = ".mask", ".shift"
+"""Behind the name of a group, the names of what is chosen for its input."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,10 @@ def choose(
     recipe: Recipe,
     calibration: ExpertCalibration | None,
     checkpoint: Checkpoint,
-    progress: Callable[[int], None] = lambda count: None,
+    events: Callable[[str, Any], None] = lambda event, value: None,
+    *,
+    journal: Journal | None = None,
+    ranks: Ranks = ALONE,
 ) -> Choices:
     """Resolve a recipe.
 
@@ -72,10 +80,13 @@ def choose(
         calibration: the expert's; None for a recipe that needs none.
         checkpoint: its weights, each read at most three times; of those that a mask is searched on, some rows of a few
             are in memory, else one weight.
-        progress: called with 1 after every group of linears.
+        events: "total" groups of linears, "skipped" of them that the journal knows, and "bytes" 1 after each.
+        journal: of the groups that are done.
+        ranks: who share the groups; every rank calls this, and gets the same.
 
     Raises:
-        Hif4Error: a calibration is needed and there is none, or it is not one of the plan's linears.
+        Hif4Error: a calibration is needed and there is none, it is not one of the plan's linears, or another rank
+            failed.
     """
     if not recipe.needs_calibration:
         return Choices(plan)
@@ -85,10 +96,23 @@ def choose(
         )
     decided = {linear.decision.path: linear for linear in plan.linears}
     _check_groups(calibration, decided)
+    journal = journal or Journal()
+    keys = {f"choose/{calibration.name}/{name}": group for name, group in calibration.groups.items()}
+    done = sum(journal.done(key) is not None for key in keys)
+
+    def work(mine: list[str]) -> None:
+        events("total", done + len(mine))
+        if done:
+            events("skipped", done)
+        for key in mine:
+            part = _Found()
+            _choose_group(keys[key], decided, recipe, calibration, checkpoint, part)
+            journal.record(key, *part.to_entry())
+            events("bytes", 1)
+
     found = _Found()
-    for group in calibration.groups.values():
-        _choose_group(group, decided, recipe, calibration, checkpoint, found)
-        progress(1)
+    for entry in journal.complete(list(keys), work, ranks).values():
+        found.add(entry)
     linears = _spend(plan.linears, recipe, calibration, found)
     return Choices(
         replace(plan, linears=tuple(linears)),
@@ -113,6 +137,18 @@ class _Found:
     alphas: dict[str, float | None] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     floored: dict[str, int] = field(default_factory=dict)
+
+    def to_entry(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """As a journal keeps it."""
+        values = {name: getattr(self, name) for name in ("mask_of", "shift_of", "alphas", "errors", "floored")}
+        return values, {**self.masks, **self.shifts}
+
+    def add(self, entry: Entry) -> None:
+        """Count in what was found for a group."""
+        self.masks |= {name: value for name, value in entry.tensors.items() if name.endswith(MASK)}
+        self.shifts |= {name: value for name, value in entry.tensors.items() if name.endswith(SHIFT)}
+        for name, values in entry.values.items():
+            getattr(self, name).update(values)
 
 
 def _check_groups(calibration: ExpertCalibration, decided: Mapping[str, PlannedLinear]) -> None:
@@ -167,15 +203,15 @@ def _choose_group(
     if shifted:
         mean = rows.mean(0)
         rows = rows - mean
-        found.shifts[f"{group.name}.shift"] = mean
-        found.shift_of |= dict.fromkeys(group.readers, f"{group.name}.shift")
+        found.shifts[f"{group.name}{SHIFT}"] = mean
+        found.shift_of |= dict.fromkeys(group.readers, f"{group.name}{SHIFT}")
     width = rotation_width(recipe, group.channels) if readers else 0
     mask = None
     if readers and (recipe.mask_percentile is not None or recipe.outlier_columns):
         mask = _choose_mask(group, readers, rows, shifted, width, recipe, calibration, checkpoint, found)
     if mask is not None:
-        found.masks[f"{group.name}.mask"] = mask
-        found.mask_of |= dict.fromkeys(readers, f"{group.name}.mask")
+        found.masks[f"{group.name}{MASK}"] = mask
+        found.mask_of |= dict.fromkeys(readers, f"{group.name}{MASK}")
     # Errors are only needed where something is chosen by them, and for the report.
     rounded = round_trip(rows, mask, width) if readers else rows
     inverse = None if mask is None else inverse_mask(mask)
@@ -209,7 +245,7 @@ def _choose_mask(
         activation = _percentile(rows.abs(), percentile)
     else:
         activation = largest_percentile(calibration.sketch(group.name), percentile)
-    name = f"{group.name}.mask"
+    name = f"{group.name}{MASK}"
     found.alphas[name] = None
     if recipe.mask_percentile is None:
         return _without_outliers(activation, recipe.outlier_columns)

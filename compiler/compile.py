@@ -6,30 +6,33 @@ import contextlib
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from hif4c.compiler.calibration import Calibration
 from hif4c.compiler.calibration_run import CalibrationOptions, run_calibration
 from hif4c.compiler.checkpoint import Checkpoint
+from hif4c.compiler.compile_inputs import WEIGHTS, check_inputs, describe_inputs
 from hif4c.compiler.components import copy_components
 from hif4c.compiler.experts import DTYPE, Events, ExpertBuilder
+from hif4c.compiler.journal import run_on_first
 from hif4c.compiler.kernels import build_kernels, check_targets, trust_built_kernels
 from hif4c.compiler.locate import ModelLocation, describe_model, locate_model
+from hif4c.compiler.lora import fuse_loras
 from hif4c.compiler.manifest import write_manifest
-from hif4c.compiler.plan import make_plan
+from hif4c.compiler.pieces import Piece, make_pieces, write_golden
+from hif4c.compiler.plan import ExpertPlan, make_plan
+from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.compiler.recipe import Recipe
 from hif4c.compiler.report import write_report
-from hif4c.compiler.staging import staged_directory
+from hif4c.compiler.staging import Unfinished, partial_directory
 from hif4c.compiler.wan_parameters import parameter_shapes
-from hif4c.runtime.artifact import open_artifact
+from hif4c.runtime.artifact import MANIFEST, open_artifact
 from hif4c.runtime.errors import Hif4Error
-from hif4c.runtime.golden import make_golden
-from hif4c.runtime.native import native_kernels, portable_kernels
-from hif4c.runtime.safetensors_stream import StreamingWriter, TensorSpec
-from hif4c.runtime.transformer import load_expert
+from hif4c.runtime.kernel_files import cpu_target
+from hif4c.runtime.native import native_kernels
 
 __all__ = ["CompileOptions", "Events", "compile_model"]
 
@@ -50,6 +53,8 @@ class CompileOptions:
         calibration: file of `hif4c calibrate`. Without one, a recipe that needs it calibrates a small model itself.
             With one, the output SQNR of every linear is recorded, whatever the recipe.
         targets: what kernels are built for, of `hif4c.compiler.kernels.TARGETS`.
+        loras: expert -> file and scale of each LoRA that is added to its weights first.
+        resume: continue a compile into the same output that was killed or interrupted, or found the disk full.
     """
 
     recipes: Mapping[str, Recipe]
@@ -58,22 +63,29 @@ class CompileOptions:
     revision: str | None = None
     calibration: Path | None = None
     targets: tuple[str, ...] = ("cpu",)
+    loras: Mapping[str, tuple[tuple[Path, float], ...]] = field(default_factory=dict)
+    resume: bool = False
 
 
-def compile_model(model: str, output: str | os.PathLike[str], options: CompileOptions, events: Events) -> Path:
+def compile_model(
+    model: str, output: str | os.PathLike[str], options: CompileOptions, events: Events, *, ranks: Ranks = ALONE
+) -> Path:
     """Compile MODEL into the artifact directory `output`.
 
-    The directory appears under its name only when it is complete and a fresh process has verified it; on any failure
-    nothing is left behind.
+    The directory appears under its name only when it is complete and a fresh process has verified it. What is finished
+    before that is in `.NAME.partial` beside it; it is kept, to be continued with `resume`, when the process is killed
+    or interrupted or the disk is full, and removed on any other failure.
 
     Args:
         model: local directory, built-in name, or hub id.
         output: the artifact's directory; must not exist.
         options: see `CompileOptions`.
         events: progress, see `Events`.
+        ranks: who share the work; every rank makes the same call, and the output is on a file system that all see.
 
     Raises:
-        Hif4Error: bad input of any kind, or a full disk.
+        Hif4Error: bad input of any kind, a full disk, another process that makes the same output, or an unfinished
+            compile that is in the way or does not fit.
     """
     target = Path(output)
     if options.components not in COMPONENT_MODES:
@@ -82,44 +94,116 @@ def compile_model(model: str, output: str | os.PathLike[str], options: CompileOp
     own = options.calibration is None and any(recipe.needs_calibration for recipe in options.recipes.values())
     if own:
         _refuse_large(model, options)
-    elif options.calibration is not None:
-        Calibration(options.calibration).close()  # what is wrong with the file should be said before the long part
-    whole = own or options.components != "none"
-    location = locate_model(model, revision=options.revision, expert_files_only=not whole)
-    plans = {name: make_plan(location.configs[name], recipe, DTYPE) for name, recipe in options.recipes.items()}
-    with _opened(location, list(options.recipes)) as checkpoints, staged_directory(target, "compiling") as staging:
-        # First: what is missing there should be said before the long part.
-        if options.components != "none" and location.layout == "diffusers":
-            events("step", "copying the rest of the pipeline")
-            copy_components(location.root, staging / "pipeline", link=options.components == "link")
-        build_kernels(options.targets, staging / "kernels", events)
-        with contextlib.ExitStack() as stack:
-            scratch = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}."))
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            whole = own or options.components != "none"
+            location = locate_model(model, revision=options.revision, expert_files_only=not whole)
+            plans = {name: make_plan(location.configs[name], recipe, DTYPE) for name, recipe in options.recipes.items()}
+            checkpoints = stack.enter_context(_opened(location, options))
+            settings = {name: getattr(options, name) for name in ("components", "golden", "targets")}
+            inputs = describe_inputs(location, checkpoints, options.recipes, options.calibration, settings)
+        unfinished = stack.enter_context(
+            partial_directory(
+                target, inputs, resume=options.resume, ranks=ranks, say=partial(events, "step"),
+                accept=lambda before, journal: check_inputs(before, inputs, checkpoints, journal),
             )
-            calibration = _find_calibration(location, options, own, scratch, checkpoints, events)
+        )  # fmt: skip
+        if unfinished.complete:
+            events("step", f"{target} was complete already; what was left beside it is removed")
+        else:
+            with ranks.together():
+                _Compile(location, options, plans, checkpoints, unfinished, events, ranks).run()
+            run_on_first(ranks, unfinished.publish)
+        if ranks.first:
+            trust_built_kernels(open_artifact(target), events)
+    return target
+
+
+@dataclass(frozen=True)
+class _Compile:
+    """One compile, from the opened checkpoints to a directory that needs no more than its name.
+
+    Every piece of work that takes long is journaled when it is done; a later process that finds it there goes on.
+    """
+
+    location: ModelLocation
+    options: CompileOptions
+    plans: Mapping[str, ExpertPlan]
+    checkpoints: Mapping[str, Checkpoint]
+    unfinished: Unfinished
+    events: Events
+    ranks: Ranks
+
+    def run(self) -> None:
+        """Make the artifact; every rank calls this."""
+        staging, journal, ranks = self.unfinished.artifact, self.unfinished.journal, self.ranks
+        # First: what is missing there should be said before the long part.
+        files = run_on_first(ranks, self._parts)
+        with contextlib.ExitStack() as stack:
+            calibration = self._calibration()
             if calibration is not None:
                 stack.enter_context(calibration)
-            build = ExpertBuilder(location, options.recipes, calibration, staging, scratch, events)
+            build = ExpertBuilder(
+                self.location, self.options.recipes, calibration, staging, self.unfinished.scratch, self.events,
+                journal=journal, ranks=ranks,
+            )  # fmt: skip
+            build.files |= files
             with native_kernels():
-                for name in options.recipes:
-                    build.expert(name, plans[name], checkpoints[name])
+                for name, checkpoint in self.checkpoints.items():
+                    build.expert(name, self.plans[name], checkpoint)
                 build.choose_steps()
-            experts, files = build.experts, build.files
-        write_manifest(staging, location, experts, files)
-        if options.golden:
-            events("step", "recording golden outputs")
-            _write_golden(staging)
+        run_on_first(ranks, lambda: write_manifest(staging, self.location, build.experts, build.files))
+        if self.options.golden:
+            self.events("step", "recording golden outputs")
+            build.files |= write_golden(staging, journal, ranks)
+        run_on_first(ranks, lambda: self._finish(build))
+
+    def _parts(self) -> dict[str, tuple[int, str]]:
+        """Make what is no expert, and remove what a killed process may have left of what is written anew."""
+        staging, options, pieces = self.unfinished.artifact, self.options, []
+        for name in (MANIFEST, "report.json", "report.html"):
+            (staging / name).unlink(missing_ok=True)
+        if options.components != "none" and self.location.layout == "diffusers":
+
+            def copy() -> None:
+                self.events("step", "copying the rest of the pipeline")
+                copy_components(self.location.root, staging / "pipeline", link=options.components == "link")
+
+            pieces.append(Piece("pipeline", copy))
+        for target in options.targets:
+            folder = Path("kernels", cpu_target() if target == "cpu" else target)
+            pieces.append(Piece(str(folder), partial(build_kernels, (target,), staging / "kernels", self.events)))
+        return make_pieces(pieces, staging, self.unfinished.journal)
+
+    def _calibration(self) -> Calibration | None:
+        """The calibration that was given, checked against the weights; or one made here for a small model."""
+        options, journal, path = self.options, self.unfinished.journal, self.options.calibration
+        recipes = options.recipes
+        if path is None:
+            if not any(recipe.needs_calibration for recipe in recipes.values()):
+                return None
+            path = self.unfinished.scratch / "calibration.safetensors"
+            if journal.done("calibration") is None:
+                self.events("step", "calibrating (a small model; others take --calibration)")
+                run_calibration(self.location, path, CalibrationOptions(), self.events)
+                journal.record("calibration")
+        # Also for recipes that do without: the report then says how far every linear is off.
+        calibration = Calibration(path)
+        for name, recipe in recipes.items():
+            key = f"{WEIGHTS}/{name}"
+            if (recipe.needs_calibration or name in calibration.experts) and journal.done(key) is None:
+                fingerprint = self.checkpoints[name].fingerprint()
+                calibration.check(name, fingerprint)
+                journal.record(key, fingerprint)
+        return calibration
+
+    def _finish(self, build: ExpertBuilder) -> None:
+        """Write what is told of the artifact, and see that it loads."""
+        staging = self.unfinished.artifact
         write_report(open_artifact(staging), staging)
-        write_manifest(staging, location, experts, files)
-        events("step", "verifying in a fresh process")
+        write_manifest(staging, self.location, build.experts, build.files)
+        self.events("step", "verifying in a fresh process")
         _verify_in_fresh_process(staging)
-        try:
-            os.rename(staging, target)
-        except OSError as error:
-            raise Hif4Error(f"{target}: the finished artifact cannot be moved there ({error.strerror}).") from None
-    trust_built_kernels(open_artifact(target), events)
-    return target
 
 
 def _refuse_large(model: str, options: CompileOptions) -> None:
@@ -136,59 +220,18 @@ def _refuse_large(model: str, options: CompileOptions) -> None:
         )
 
 
-def _find_calibration(
-    location: ModelLocation,
-    options: CompileOptions,
-    own: bool,
-    scratch: Path,
-    checkpoints: Mapping[str, Checkpoint],
-    events: Events,
-) -> Calibration | None:
-    """The calibration that was given, checked against the weights; or one made here for a small model."""
-    if options.calibration is not None:
-        # Also for recipes that do without: the report then says how far every linear is off.
-        calibration = Calibration(options.calibration)
-        for name, recipe in options.recipes.items():
-            if recipe.needs_calibration or name in calibration.experts:
-                calibration.check(name, checkpoints[name].fingerprint())
-        return calibration
-    if own:
-        events("step", "calibrating (a small model; others take --calibration)")
-        run_calibration(location, scratch / "calibration.safetensors", CalibrationOptions(), events)
-        return Calibration(scratch / "calibration.safetensors")
-    return None
-
-
 @contextlib.contextmanager
-def _opened(location: ModelLocation, names: list[str]) -> Iterator[dict[str, Checkpoint]]:
+def _opened(location: ModelLocation, options: CompileOptions) -> Iterator[dict[str, Checkpoint]]:
     """Open and check the checkpoints of all experts before any work is done."""
     with contextlib.ExitStack() as stack:
         checkpoints = {}
-        for name in names:
+        for name in options.recipes:
             config = location.configs[name]
-            checkpoint = stack.enter_context(Checkpoint(location.experts[name], config, location.layout))
+            base = Checkpoint(location.experts[name], config, location.layout)
+            checkpoint = stack.enter_context(fuse_loras(base, options.loras.get(name, ()), name))
             checkpoint.check(parameter_shapes(config))
             checkpoints[name] = checkpoint
         yield checkpoints
-
-
-def _write_golden(staging: Path) -> None:
-    """Record golden outputs with the runtime, from the bytes that were written.
-
-    With the portable kernels, which define what an operator computes to the last bit.
-    """
-    artifact = open_artifact(staging)
-    (staging / "golden").mkdir()
-    for name in artifact.experts:
-        expert = load_expert(artifact, name, verify=False)
-        for variant in (None, *artifact.variants(name)):
-            with portable_kernels():
-                golden = make_golden(expert.variant(variant))
-            specs = [TensorSpec(key, value.dtype, tuple(value.shape)) for key, value in golden.items()]
-            base_name = name if variant is None else f"{name}.{variant}"
-            with StreamingWriter(staging / "golden", specs, base_name=base_name) as writer:
-                for key, value in golden.items():
-                    writer.write(key, value)
 
 
 def _verify_in_fresh_process(staging: Path) -> None:

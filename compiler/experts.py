@@ -5,30 +5,32 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hif4c.compiler.calibration import Calibration
+from hif4c.compiler.calibration import Calibration, ExpertCalibration
 from hif4c.compiler.capture import capture
 from hif4c.compiler.checkpoint import Checkpoint
 from hif4c.compiler.choose import Choices, choose
 from hif4c.compiler.emit import to_graph
-from hif4c.compiler.linear_error import linear_sqnr
+from hif4c.compiler.journal import Journal, run_on_first
+from hif4c.compiler.linear_inputs import LinearInputs
 from hif4c.compiler.locate import ModelLocation
+from hif4c.compiler.lora import FusedCheckpoint
 from hif4c.compiler.manifest import write_manifest
-from hif4c.compiler.masks import rotated
 from hif4c.compiler.models import WanConfig
-from hif4c.compiler.pack import write_weights
+from hif4c.compiler.pack import Written, write_weights
 from hif4c.compiler.pipeline import PassRecord, run_passes
 from hif4c.compiler.plan import ExpertPlan
-from hif4c.compiler.planes import InputStatistics, Planes, prepared_weight
+from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.compiler.recipe import Recipe
-from hif4c.compiler.solve import solve
-from hif4c.compiler.steps import choose_ranges, measure_steps
-from hif4c.passes.program import Program, TensorSource
+from hif4c.compiler.solve import SolvedPlanes, solve
+from hif4c.compiler.steps import StepError, choose_ranges, measure_steps
+from hif4c.passes.program import Program
 from hif4c.passes.relax_activations import relax_activations
 from hif4c.passes.verify import Stage
 from hif4c.passes.verify import verify as verify_program
@@ -43,9 +45,8 @@ log = logging.getLogger(__name__)
 DTYPE = torch.bfloat16
 
 Events = Callable[[str, Any], None]
-"""Called with (event, value): "step" sentence, "note" sentence, "pass" PassRecord; "total", "bytes" of a long step.
-
-Where a step does not go through bytes, "total" and "bytes" count its pieces."""
+"""Called with (event, value): "step" sentence, "note" sentence, "pass" PassRecord; of a long step its "total", "unit"
+"bytes" (else it counts pieces), "skipped" that was done before, and "bytes" for every amount that is done."""
 
 
 class ExpertBuilder:
@@ -58,6 +59,8 @@ class ExpertBuilder:
         staging: the artifact's directory.
         scratch: a directory for what is not kept.
         events: progress, see `Events`.
+        journal: of what is finished; what it holds is not done again.
+        ranks: who share the work; every rank makes the same calls.
 
     Attributes:
         experts: expert -> its entry in the manifest.
@@ -72,11 +75,15 @@ class ExpertBuilder:
         staging: Path,
         scratch: Path,
         events: Events,
+        *,
+        journal: Journal | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.experts: dict[str, Any] = {}
         self.files: dict[str, tuple[int, str]] = {}
         self._location, self._recipes, self._calibration = location, recipes, calibration
         self._staging, self._scratch, self._events = staging, scratch, events
+        self._journal, self._ranks = journal or Journal(), ranks
         self._captured: dict[WanConfig, Program] = {}
 
     def expert(self, name: str, plan: ExpertPlan, checkpoint: Checkpoint) -> None:
@@ -86,59 +93,38 @@ class ExpertBuilder:
         used = known if recipe.needs_calibration else None
         if recipe.needs_calibration:
             events("step", f"choosing for {name}")
-        if used is not None:
-            events("total", len(used.groups))
-        choices = choose(plan, recipe, used, checkpoint, lambda count: events("bytes", count))
+        choices = choose(plan, recipe, used, checkpoint, events, journal=self._journal, ranks=self._ranks)
         for note in choices.notes:
             events("note", note)
         program = self._transform(name, choices, recipe)
         folder = self._staging / name
-        folder.mkdir()
-        graph = _write_graph(program, folder / "graph.json")
-        if recipe.bf16_steps:
-            relaxed = program.copy()
-            relax_activations(relaxed)
-            verify_program(relaxed, Stage.FUSED)
-            _write_graph(relaxed, folder / "graph.bf16.json")
+        graph = _checked_graph(program)
+        relaxed = _relaxed_graph(program) if recipe.bf16_steps else None
+
+        def write_graphs() -> None:
+            folder.mkdir(exist_ok=True)
+            (folder / "graph.json").write_bytes(encode(graph))
+            if relaxed is not None:
+                (folder / "graph.bf16.json").write_bytes(encode(relaxed))
+
+        run_on_first(self._ranks, write_graphs)
         solved = None
         if recipe.rounding == "gptq" and used is not None:
-            events("step", f"rounding {name} on its calibration calls (GPTQ)")
-            weights = [str(source.source) for source in program.tensors.values() if source.plane == "codes"]
-            events("total", sum(checkpoint.shape(name).numel() * checkpoint.dtype(name).itemsize for name in weights))
-            calls = [call for call, _ in used.calls()]
-            (self._scratch / name).mkdir()
-            solved = solve(program, graph, checkpoint, calls, self._scratch / name, lambda size: events("bytes", size))
+            solved = self._solve(name, program, graph, checkpoint, used)
         events("step", f"packing {name}")
-        events("total", checkpoint.total_bytes)
-        measured: dict[str, float] = {}
-
-        def measure(source: TensorSource, planes: Planes) -> None:
-            if known is not None:
-                path = str(source.source).removesuffix(".weight")
-                decision, group = program.decisions[path], known.group_of(path)
-                if group is not None:
-                    weight = prepared_weight(source, checkpoint.read(str(source.source)), program)
-                    mask = None if decision.mask is None else program.masks[decision.mask]
-                    shift = None if decision.shift is None else program.shifts[decision.shift]
-                    measured[path] = linear_sqnr(decision, known.rows(group).float(), weight, planes, mask, shift)
-
-        def energy(source: TensorSource) -> InputStatistics | None:
-            path = str(source.source).removesuffix(".weight")
-            group = None if used is None else used.group_of(path)
-            if used is None or group is None:
-                return None
-            rows, shift = used.rows(group).float(), program.decisions[path].shift
-            rows = rows if shift is None else rows - program.shifts[shift]
-            mask = None if source.mask is None else program.masks[source.mask]
-            return InputStatistics(rotated(rows, mask, source.hadamard).square().mean(0), len(rows))
-
-        written, fingerprint = write_weights(
-            program, checkpoint, folder, lambda size: events("bytes", size),
-            solved=(lambda source: None) if solved is None else solved.get, statistics=energy, on_planes=measure,
+        inputs = None if known is None else LinearInputs(program, known)
+        written = write_weights(
+            program, checkpoint, folder, events,
+            solved=(lambda source: None) if solved is None else solved.get,
+            statistics=(lambda source: None) if used is None or inputs is None else inputs.energy,
+            measure=None if inputs is None else inputs.sqnr,
+            journal=self._journal, ranks=self._ranks,
         )  # fmt: skip
-        self.files |= {f"{name}/{file}": entry for file, entry in written.items()}
+        self.files |= {f"{name}/{file}": entry for file, entry in written.files.items()}
         config = self._location.configs[name]
-        self.experts[name] = _expert_entry(config, recipe, choices, program, fingerprint, measured)
+        self.experts[name] = _expert_entry(config, recipe, choices, program, written)
+        if isinstance(checkpoint, FusedCheckpoint):
+            self.experts[name]["loras"] = checkpoint.record
         if known is not None and self._calibration is not None:
             self.experts[name]["calibration"] = {"sha256": self._calibration.digest(), "runs": self._calibration.runs}
 
@@ -150,20 +136,23 @@ class ExpertBuilder:
         assert self._calibration is not None
         self._events("step", "choosing the steps with bf16 activations")
         names = list(shares)
-        self._events("total", sum(self._calibration.experts[name].call_count for name in names))
+        calibrated = self._calibration.experts
         # The loader wants a manifest; the final one is written when all is known.
-        write_manifest(self._staging, self._location, self.experts, dict(self.files))
+        run_on_first(self._ranks, lambda: write_manifest(self._staging, self._location, self.experts, dict(self.files)))
         artifact = open_artifact(self._staging)
-        errors = [
-            error
-            for name in names
-            for error in measure_steps(
-                name,
-                load_expert(artifact, name, verify=False),
-                self._calibration.experts[name],
-                lambda count: self._events("bytes", count),
-            )
-        ]
+        keys = {f"steps/{name}": name for name in names}
+
+        def measure(mine: list[str]) -> None:
+            self._events("total", sum(calibrated[keys[key]].call_count for key in mine))
+            for key in mine:
+                expert = load_expert(artifact, keys[key], verify=False)
+                found = measure_steps(
+                    keys[key], expert, calibrated[keys[key]], lambda count: self._events("bytes", count)
+                )
+                self._journal.record(key, [dataclasses.astuple(error) for error in found])
+
+        entries = self._journal.complete(list(keys), measure, self._ranks)
+        errors = [StepError(*values) for entry in entries.values() for values in entry.values]
         # How long a step is depends on the next one, whoever serves it and whether it was recorded.
         ranges = choose_ranges(errors, shares, self._calibration.timesteps)
         for name in names:
@@ -174,6 +163,20 @@ class ExpertBuilder:
             ]
             for low, high in self.experts[name]["bf16_timesteps"]:
                 self._events("note", f"{name}: bf16 activations at timesteps {low:g} to {high:g}")
+
+    def _solve(
+        self, name: str, program: Program, graph: Graph, checkpoint: Checkpoint, used: ExpertCalibration
+    ) -> SolvedPlanes:
+        """Round the weights whose rounding is "gptq"."""
+        self._events("step", f"rounding {name} on its calibration calls (GPTQ)")
+        weights = [str(source.source) for source in program.tensors.values() if source.plane == "codes"]
+        self._events("total", sum(checkpoint.shape(key).numel() * checkpoint.dtype(key).itemsize for key in weights))
+        self._events("unit", "bytes")
+        calls = [call for call, _ in used.calls()]
+        folder = self._scratch / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return solve(program, graph, checkpoint, calls, folder, lambda size: self._events("bytes", size))
 
     def _transform(self, name: str, choices: Choices, recipe: Recipe) -> Program:
         config = self._location.configs[name]
@@ -191,16 +194,23 @@ class ExpertBuilder:
         return program
 
 
-def _write_graph(program: Program, path: Path) -> Graph:
-    """Write a lowered program as graph.json."""
+def _checked_graph(program: Program) -> Graph:
+    """A lowered program as a graph of operators that artifacts have (Hif4Error for others)."""
     graph = to_graph(program)
     if unknown := sorted({node.target for node in graph.nodes} - TARGETS.keys()):
         raise Hif4Error(
             f"the traced model uses operators that artifacts do not have: {', '.join(unknown)}; "
             "compile with the versions of torch and diffusers in constraints.txt."
         )
-    path.write_bytes(encode(graph))
     return graph
+
+
+def _relaxed_graph(program: Program) -> Graph:
+    """The program with activations in bf16."""
+    relaxed = program.copy()
+    relax_activations(relaxed)
+    verify_program(relaxed, Stage.FUSED)
+    return _checked_graph(relaxed)
 
 
 def _expert_entry(
@@ -208,8 +218,7 @@ def _expert_entry(
     recipe: Recipe,
     choices: Choices,
     program: Program,
-    fingerprint: str,
-    measured: Mapping[str, float],
+    written: Written,
 ) -> dict[str, Any]:
     """What the manifest says of one expert."""
     linears = []
@@ -217,8 +226,8 @@ def _expert_entry(
         decision = program.decisions[linear.decision.path]
         entry = {**dataclasses.asdict(decision), "in_features": linear.in_features, "out_features": linear.out_features}
         # An output of zeros has no ratio.
-        if math.isfinite(measured.get(decision.path, math.nan)):
-            entry["sqnr"] = measured[decision.path]
+        if math.isfinite(written.sqnr.get(decision.path, math.nan)):
+            entry["sqnr"] = written.sqnr[decision.path]
         if decision.path in choices.errors:
             entry["errors"] = dict(choices.errors[decision.path])
         if decision.mask is not None:
@@ -229,6 +238,6 @@ def _expert_entry(
         "config": config.to_dict(),
         "dtype": DTYPE_NAMES[DTYPE],
         "recipe": recipe.to_dict(),
-        "fingerprint": fingerprint,
+        "fingerprint": written.fingerprint,
         "linears": linears,
     }

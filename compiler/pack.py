@@ -1,26 +1,46 @@
-"""Write an expert's tensors: read one from the checkpoint, make its stored form, append it, let it go."""
+"""Write an expert's weight files block by block; what is on the disk is journaled, and ranks share the blocks."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from hif4c.compiler.checkpoint import Checkpoint, Fingerprint
-from hif4c.compiler.planes import InputStatistics, Planes, make_planes, whole_tensor
+from hif4c.compiler.journal import Journal, run_on_first
+from hif4c.compiler.planes import InputStatistics, Planes, PreparedWeight, pack_tensors, stored_dtype
+from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.passes.program import Program, TensorSource
-from hif4c.runtime.safetensors_stream import StreamingWriter, TensorSpec
+from hif4c.runtime.placed_writer import PlacedWriter
+from hif4c.runtime.safetensors_stream import TensorSpec, tensor_bytes
 
-__all__ = ["stored_tensors", "write_weights"]
+__all__ = ["Written", "changed_tensor", "stored_tensors", "write_weights"]
 
-Progress = Callable[[int], None]
+BLOCK = re.compile(r"blocks\.\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        files: file name -> (bytes, sha256).
+        fingerprint: of the checkpoint's weights.
+        sqnr: path of a linear -> what `measure` said of it.
+    """
+
+    files: dict[str, tuple[int, str]]
+    fingerprint: str
+    sqnr: dict[str, float]
 
 
 def stored_tensors(program: Program, checkpoint: Checkpoint) -> list[TensorSpec]:
     """Name, dtype and shape of every tensor of the weight file, in the program's order."""
     return [
-        TensorSpec(source.name, _stored_dtype(source, checkpoint), source.shape) for source in program.tensors.values()
+        TensorSpec(source.name, stored_dtype(source, checkpoint), source.shape) for source in program.tensors.values()
     ]
 
 
@@ -28,71 +48,110 @@ def write_weights(
     program: Program,
     checkpoint: Checkpoint,
     directory: Path,
-    progress: Progress | None = None,
+    events: Callable[[str, Any], None] = lambda event, value: None,
     *,
     solved: Callable[[str], Planes | None] = lambda source: None,
     statistics: Callable[[TensorSource], InputStatistics | None] = lambda source: None,
-    on_planes: Callable[[TensorSource, Planes], None] = lambda source, planes: None,
-) -> tuple[dict[str, tuple[int, str]], str]:
-    """Write `weights*.safetensors`, one checkpoint tensor at a time.
+    measure: Callable[[TensorSource, PreparedWeight, Planes], float | None] | None = None,
+    journal: Journal | None = None,
+    ranks: Ranks = ALONE,
+) -> Written:
+    """Write `weights*.safetensors`, one transformer block after the other; every rank calls this.
 
     Args:
         program: a packed or lowered program.
         checkpoint: where its sources are; every tensor is checked for NaN and infinity as it is read.
-        directory: existing; the files must not be there.
-        progress: called with the bytes read from the checkpoint after every tensor.
-        solved: planes that were made before (with a Hessian), by the name of the checkpoint's tensor.
-        statistics: of a weight's input, for a rounding other than "nearest".
-        on_planes: called with a plane's source and all planes of every packed weight.
-
-    Returns:
-        File name -> (bytes, sha256), and the fingerprint of the checkpoint's weights.
+        directory: existing; its name is that of the expert in the journal. Files in it that the journal does not know
+            are begun anew.
+        events: "total" and "unit", "skipped" for what the journal knows, and "bytes" of the checkpoint as they are
+            done; of this rank's share.
+        solved, statistics, measure: as for `pack_tensors`.
+        journal: of the blocks that are on the disk.
+        ranks: who share the blocks, and see the directory.
 
     Raises:
-        Hif4Error: a weight is not finite, or the disk is full.
+        Hif4Error: a weight is not finite, the disk is full, or another rank failed.
     """
+    journal = journal or Journal()
+    units = _units(program)
+    sizes = {
+        key: sum(_nbytes(group[0].source, checkpoint) for group in groups if group[0].source is not None)
+        for key, groups in units.items()
+    }
+    keys = {f"pack/{directory.name}/{unit}": unit for unit in units}
+    with PlacedWriter(directory, stored_tensors(program, checkpoint)) as writer:
+        run_on_first(ranks, lambda: _open(writer, directory, journal))
+
+        done = sum(sizes[unit] for key, unit in keys.items() if journal.done(key) is not None)
+
+        def pack(mine: list[str]) -> None:
+            if not ranks.first:
+                writer.open()
+            events("total", done + sum(sizes[keys[key]] for key in mine))
+            events("unit", "bytes")
+            if done:
+                events("skipped", done)
+            groups = [group for key in mine for group in units[keys[key]]]
+            made = pack_tensors(groups, program, checkpoint, solved=solved, statistics=statistics, measure=measure)
+            for key in mine:
+                tensors, sqnr = [], {}
+                for _ in units[keys[key]]:
+                    packed = next(made)
+                    for name, value in packed.stored.items():
+                        writer.write(name, value)
+                    if packed.source is not None:
+                        tensors.append([packed.source, packed.digest])
+                    if packed.source is not None and packed.sqnr is not None:
+                        sqnr[packed.source.removesuffix(".weight")] = packed.sqnr
+                    events("bytes", packed.nbytes)
+                writer.sync()  # the journal must not know of what a power cut would lose
+                journal.record(key, {"tensors": tensors, "sqnr": sqnr})
+
+        entries = journal.complete(list(keys), pack, ranks)
+        files = run_on_first(ranks, writer.finish)
     fingerprint = Fingerprint()
-    specs = stored_tensors(program, checkpoint)
-    dtypes = {spec.name: spec.dtype for spec in specs}
-    with StreamingWriter(directory, specs) as writer:
-        for sources in _by_checkpoint_tensor(program):
-            name = sources[0].source
-            if name is None:
-                for source in sources:
-                    assert source.value is not None
-                    writer.write(source.name, source.value)
-                continue
-            tensor = checkpoint.read(name, validate=True)
-            fingerprint.add(name, tensor)
-            if sources[0].plane == "whole":
-                whole = whole_tensor(sources[0], program, checkpoint)
-                writer.write(sources[0].name, whole.to(dtypes[sources[0].name]))
-            else:
-                planes = solved(name)
-                if planes is None:
-                    known = None if sources[0].rounding == "nearest" else statistics(sources[0])
-                    planes = make_planes(sources[0], tensor, program, known)
-                for source in sources:
-                    writer.write(source.name, planes[source.plane])
-                on_planes(sources[0], planes)
-            size = tensor.nbytes
-            del tensor
+    sqnr: dict[str, float] = {}
+    for entry in entries.values():
+        for name, digest in entry.values["tensors"]:
+            fingerprint.add_digest(name, checkpoint.dtype(name), checkpoint.shape(name), digest)
+        sqnr |= entry.values["sqnr"]
+    return Written(files, fingerprint.hexdigest(), sqnr)
+
+
+def changed_tensor(expert: str, checkpoint: Checkpoint, journal: Journal) -> str | None:
+    """The first tensor that was packed from other bytes than the checkpoint has now, None where all are the same."""
+    for key in journal.keys(f"pack/{expert}"):
+        entry = journal.done(key)
+        for name, digest in [] if entry is None else entry.values["tensors"]:
+            found = hashlib.sha256(tensor_bytes(checkpoint.read(name))).hexdigest()
             checkpoint.release(name)
-            if progress is not None:
-                progress(size)
-    return dict(writer.files), fingerprint.hexdigest()
+            if found != digest:
+                return str(name)
+    return None
 
 
-def _stored_dtype(source: TensorSource, checkpoint: Checkpoint) -> torch.dtype:
-    """The program's dtype; but 16-bit tensors that are computed in float32 stay in 16 bits, which is exact."""
-    if source.source is None or source.plane != "whole" or source.changed:
-        return source.dtype
-    found = checkpoint.dtype(source.source)
-    return found if source.dtype == torch.float32 and found.itemsize < 4 else source.dtype
+def _open(writer: PlacedWriter, directory: Path, journal: Journal) -> None:
+    """Begin the files, or continue them where they were begun."""
+    key = f"files/{directory.name}"
+    if journal.done(key) is not None:
+        writer.open()
+        return
+    for path in directory.glob("weights*.safetensors*"):
+        path.unlink()
+    writer.create()
+    journal.record(key)
+
+
+def _units(program: Program) -> dict[str, list[list[TensorSource]]]:
+    """The tensors by block, and the rest; within them those made from one checkpoint tensor side by side, in order."""
+    units: dict[str, list[list[TensorSource]]] = {}
+    for group in _by_checkpoint_tensor(program):
+        found = BLOCK.match(group[0].source or group[0].name)
+        units.setdefault(found[0] if found else "rest", []).append(group)
+    return units
 
 
 def _by_checkpoint_tensor(program: Program) -> Iterator[list[TensorSource]]:
-    """The tensors in order, those made from one checkpoint tensor together (its planes stand side by side)."""
     group: list[TensorSource] = []
     for source in program.tensors.values():
         if group and (source.source is None or source.source != group[0].source):
@@ -101,3 +160,7 @@ def _by_checkpoint_tensor(program: Program) -> Iterator[list[TensorSource]]:
         group.append(source)
     if group:
         yield group
+
+
+def _nbytes(name: str | None, checkpoint: Checkpoint) -> int:
+    return 0 if name is None else checkpoint.shape(name).numel() * checkpoint.dtype(name).itemsize

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from hif4c.tools.console import Reporter, console, run_command
+from hif4c.tools.console import Reporter, console, run_command, silence
 
 __all__ = ["compile_command"]
 
@@ -41,15 +41,27 @@ def compile_command(
     ] = None,
     golden: Annotated[bool, typer.Option(help="Record golden outputs, replayed by `hif4c verify`.")] = True,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA to fuse before quantization: [EXPERT=]FILE[:SCALE]. Repeatable."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a compile that was killed or interrupted, or filled the disk.")
+    ] = False,
 ) -> None:
     """Compile a model once, ahead of time, into a 4-bit artifact.
 
-    The artifact appears under its name only when it is complete and a fresh process has loaded and verified it. The
-    kernels that were built into it are recorded as trusted on this machine; elsewhere that takes `hif4c trust`.
+    The artifact appears under its name only when it is complete and a fresh process has loaded and verified it. What
+    is finished before that is in .NAME.partial beside it; after a kill, the same command with --resume continues it.
+    The kernels that were built into it are recorded as trusted on this machine; elsewhere that takes `hif4c trust`.
+    Several processes or machines share the work under torchrun:
+    torchrun --nproc-per-node 2 --no-python hif4c compile MODEL -o OUTPUT.
     """
     from hif4c.compiler.compile import CompileOptions, compile_model
     from hif4c.compiler.kernels import check_targets, resolve_targets
     from hif4c.compiler.locate import describe_model
+    from hif4c.compiler.lora import parse_loras
+    from hif4c.compiler.ranks import start_ranks
     from hif4c.compiler.recipe import resolve_recipes
     from hif4c.compiler.report import render_report
     from hif4c.runtime.artifact import open_artifact
@@ -59,12 +71,19 @@ def compile_command(
     check_targets(targets)
     experts = list(describe_model(model, revision=revision).configs)
     recipes = resolve_recipes(experts, recipe or [], expert or [])
-    options = CompileOptions(recipes, components, golden, revision, calibration, targets)
-    with Reporter.make_progress() as progress:
-        path = compile_model(model, output, options, Reporter(progress))
-    console.print(render_report(open_artifact(path))[0])
-    seconds = time.perf_counter() - started
-    console.print(f"{path} compiled and verified in {seconds:.1f} s", highlight=False, markup=False)
+    loras = parse_loras(lora or [], list(recipes))
+    options = CompileOptions(recipes, components, golden, revision, calibration, targets, loras, resume)
+    with start_ranks() as ranks:
+        if not ranks.first:
+            silence()
+        with Reporter.open(silent=not ranks.first) as report:
+            path = compile_model(model, output, options, report, ranks=ranks)
+        artifact = open_artifact(path)
+        console.print(render_report(artifact)[0])
+        seconds = time.perf_counter() - started
+        console.print(f"{path} compiled and verified in {seconds:.1f} s", highlight=False, markup=False)
+        written = sum(item["bytes"] for item in artifact.manifest["files"].values())
+        console.print(report.summary(seconds, written), highlight=False, markup=False)
 
 
 if __name__ == "__main__":

@@ -42,11 +42,13 @@ def checkpoint_of(models):
 @pytest.mark.parametrize(("recipe", "hadamard"), [("rtn", 0), ("rotate", 64)])
 def test_planes_are_the_quantized_weights_and_the_rest_is_copied(packed, models, tmp_path, recipe, hadamard):
     program = packed(recipe)
-    read = []
+    events = []
     with checkpoint_of(models) as checkpoint:
-        files, fingerprint = write_weights(program, checkpoint, tmp_path, read.append)
-        assert fingerprint == checkpoint.fingerprint()
-        assert sum(read) == checkpoint.total_bytes
+        written = write_weights(program, checkpoint, tmp_path, lambda *event: events.append(event))
+        assert written.fingerprint == checkpoint.fingerprint()
+        assert events[:2] == [("total", checkpoint.total_bytes), ("unit", "bytes")]
+        assert {name for name, _ in events[2:]} == {"bytes"}
+        assert sum(value for _, value in events[2:]) == checkpoint.total_bytes
     original = load_file(models["t2v"].directory / "transformer" / "diffusion_pytorch_model.safetensors")
     stored = load_file(tmp_path / "weights.safetensors")
     planes = {name: value for name, value in stored.items() if name.endswith((".codes", ".scales"))}
@@ -63,7 +65,7 @@ def test_planes_are_the_quantized_weights_and_the_rest_is_copied(packed, models,
     for name in copied:
         assert stored[name].dtype == original[name].dtype  # bf16 stays bf16, although norms compute in fp32
         assert torch.equal(stored[name], original[name])
-    for name, (size, digest) in files.items():
+    for name, (size, digest) in written.files.items():
         data = (tmp_path / name).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (size, digest)
 

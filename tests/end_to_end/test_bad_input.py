@@ -281,16 +281,3 @@ def test_an_artifact_that_does_not_verify_leaves_nothing(models, captures, tmp_p
     with pytest.raises(Hif4Error, match=sentence):
         compile_model(str(models["t2v"].directory), tmp_path / "out", options, lambda event, value: None)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interruption_leaves_nothing(models, captures, tmp_path, monkeypatch):
-    monkeypatch.setattr(experts_module, "capture", captures)
-
-    def interrupt(event, value):
-        if event == "bytes":
-            raise KeyboardInterrupt
-
-    options = CompileOptions({"transformer": Recipe("rtn")}, components="none")
-    with pytest.raises(KeyboardInterrupt):
-        compile_model(str(models["t2v"].directory), tmp_path / "out", options, interrupt)
-    assert list(tmp_path.iterdir()) == []
