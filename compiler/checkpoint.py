@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Self
 
@@ -10,6 +12,7 @@ import torch
 
 from hif4c.compiler.models import WanConfig, read_json_object
 from hif4c.compiler.wan_names import is_original_layout, to_diffusers_name
+from hif4c.compiler.workers import in_order
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.safetensors_stream import DTYPE_NAMES, TensorFile, tensor_bytes
 
@@ -17,6 +20,11 @@ __all__ = ["WEIGHT_DTYPES", "Checkpoint", "Fingerprint"]
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a weight may be stored in; anything else was quantized already."""
+
+_PIECE_BYTES = 8 << 20
+"""How much of a tensor is in this process's memory at once while it is hashed."""
+_KEPT_BYTES = 1 << 30
+"""What was released stays in the system's cache up to this: a tensor that is soon read again comes from there."""
 
 _BASE_NAME = "diffusion_pytorch_model"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -63,6 +71,8 @@ class Checkpoint:
         self.config = config
         self._files: dict[Path, TensorFile] = {}
         self._places: dict[str, tuple[TensorFile, str]] = {}
+        self._released: dict[str, int] = {}
+        self._lock = threading.Lock()
         stored = self._open_files()
         found = "wan" if is_original_layout(stored) else "diffusers"
         if layout not in (None, found):
@@ -106,16 +116,46 @@ class Checkpoint:
             validate: raise Hif4Error when the tensor holds a NaN or an infinity.
         """
         file, stored = self._place(name)
+        with self._lock:
+            self._released.pop(name, None)
         tensor = file.read(stored)
-        # Minimum and maximum show a NaN or an infinity anywhere in one pass, ten times faster than isfinite.
-        if validate and tensor.numel() and not all(torch.isfinite(edge) for edge in torch.aminmax(tensor)):
-            raise Hif4Error(f"{file.path}: tensor {stored} holds NaN or infinite values; fetch the file again.")
+        if validate:
+            self._check_finite(name, tensor)
         return tensor
 
+    def digest(self, name: str, tensor: torch.Tensor) -> str:
+        """sha256 of the bytes of a tensor that was read; Hif4Error when it holds a NaN or an infinity.
+
+        Its memory is given back piece by piece; the tensor stays valid.
+        """
+        file, stored = self._place(name)
+        file.prefetch(stored)
+        result, flat = hashlib.sha256(), tensor.reshape(-1)
+        for piece in flat.split(max(1, _PIECE_BYTES // flat.itemsize)) if flat.numel() else ():
+            self._check_finite(name, piece)
+            result.update(tensor_bytes(piece))
+            self.release(name)
+        return result.hexdigest()
+
     def release(self, name: str) -> None:
-        """Give the memory of a tensor that was read back to the system; reading it again is allowed."""
+        """Give the memory of a tensor that was read back to the system; reading it again is allowed.
+
+        The system's cache forgets it as well, some tensors later: a checkpoint that is larger than the memory would
+        else drive everything out that others use.
+        """
         file, stored = self._place(name)
         file.release(stored)
+        with self._lock:
+            self._released.pop(name, None)
+            self._released[name] = file.nbytes(stored)
+            forgotten = []
+            while sum(self._released.values()) > _KEPT_BYTES:
+                oldest = next(iter(self._released))
+                del self._released[oldest]
+                forgotten.append(oldest)
+        for oldest in forgotten:
+            file, stored = self._places[oldest]
+            file.forget(stored)
 
     def check(self, expected: Mapping[str, Sequence[int]]) -> None:
         """Compare with the model's parameters, diffusers' name -> shape.
@@ -144,11 +184,14 @@ class Checkpoint:
             raise Hif4Error(f"{self.folder}: the checkpoint {'; it '.join(wrong)}; use the weights of this very model.")
 
     def fingerprint(self) -> str:
-        """The Fingerprint of all tensors; reads every byte, memory stays constant."""
+        """The Fingerprint of all tensors; reads every byte, on all cores, memory stays constant.
+
+        Raises Hif4Error where one holds a NaN or an infinity.
+        """
         result = Fingerprint()
-        for name in self._places:
-            result.add(name, self.read(name))
-            self.release(name)
+        with closing(in_order(lambda name: self.digest(name, self.read(name)), self._places)) as digests:
+            for name, digest in zip(self._places, digests, strict=True):
+                result.add_digest(name, self.dtype(name), self.shape(name), digest)
         return result.hexdigest()
 
     def close(self) -> None:
@@ -161,6 +204,12 @@ class Checkpoint:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _check_finite(self, name: str, tensor: torch.Tensor) -> None:
+        # Minimum and maximum show a NaN or an infinity anywhere in one pass, ten times faster than isfinite.
+        if tensor.numel() and not all(torch.isfinite(edge) for edge in torch.aminmax(tensor)):
+            file, stored = self._place(name)
+            raise Hif4Error(f"{file.path}: tensor {stored} holds NaN or infinite values; fetch the file again.")
 
     def _place(self, name: str) -> tuple[TensorFile, str]:
         try:

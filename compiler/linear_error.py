@@ -47,9 +47,8 @@ def linear_sqnr(
         side = torch.cat(parts, -1)
     quantized = torch.ops.hif4.quantize(x, own_mask, decision.hadamard)
     signal = noise = 0.0
-    step = max(1, BLOCK_ELEMENTS // weight.shape[1])
-    for start in range(0, weight.shape[0], step):
-        some = slice(start, start + step)
+    weight = PreparedWeight(weight, weight.dtype) if isinstance(weight, torch.Tensor) else weight
+    for some in weight.blocks(BLOCK_ELEMENTS):
         part, packed = weight[some], (planes["codes"][some], planes["scales"][some])
         side_weight = planes["up"][:, some] if "up" in planes else None
         if decision.precision == Precision.W4A4:

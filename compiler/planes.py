@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +16,6 @@ from hif4c.compiler.workers import in_order
 from hif4c.passes.program import Program, TensorSource, inverse_mask
 from hif4c.runtime.format import packed_shapes
 from hif4c.runtime.rotation import block_hadamard
-from hif4c.runtime.safetensors_stream import tensor_bytes
 
 __all__ = [
     "InputStatistics",
@@ -111,11 +110,18 @@ class PreparedWeight:
     """W [N, K] with its rows masked, in the numbers that the unquantized program computes with.
 
     It is made when rows of it are asked for: a whole one in float32 takes twice the memory of the checkpoint's.
+
+    Attributes:
+        tensor: the checkpoint's [N, K].
+        dtype: what the unquantized program computes in.
+        row_mask: [N] float32, None for none.
+        release: called behind every block of rows: the checkpoint's memory of it is not needed for now.
     """
 
     tensor: torch.Tensor
     dtype: torch.dtype
     row_mask: torch.Tensor | None = None
+    release: Callable[[], None] = lambda: None
 
     @property
     def shape(self) -> torch.Size:
@@ -135,18 +141,26 @@ class PreparedWeight:
     def blocks(self, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
         """All rows, some of about so many elements at a time."""
         step = max(1, elements // self.shape[1])
-        return (slice(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step))
+        for start in range(0, self.shape[0], step):
+            yield slice(start, min(start + step, self.shape[0]))
+            self.release()
 
 
-def prepared_weight(source: TensorSource, tensor: torch.Tensor, program: Program) -> PreparedWeight:
+def prepared_weight(
+    source: TensorSource, tensor: torch.Tensor, program: Program, release: Callable[[], None] = lambda: None
+) -> PreparedWeight:
     """The weight of a packed tensor's source [N, K] as the unquantized program has it."""
     assert source.packed_from is not None
     row_mask = None if source.row_mask is None else program.masks[source.row_mask].float()
-    return PreparedWeight(tensor, source.packed_from, row_mask)
+    return PreparedWeight(tensor, source.packed_from, row_mask, release)
 
 
 def make_planes(
-    source: TensorSource, tensor: torch.Tensor, program: Program, statistics: InputStatistics | None = None
+    source: TensorSource,
+    tensor: torch.Tensor,
+    program: Program,
+    statistics: InputStatistics | None = None,
+    release: Callable[[], None] = lambda: None,
 ) -> Planes:
     """Pack a weight as `TensorSource` states: side branch, mask, rotation, rounding.
 
@@ -155,6 +169,7 @@ def make_planes(
         tensor: the checkpoint's [N, K].
         program: with the masks.
         statistics: of its input, for a rounding other than "nearest".
+        release: as in `PreparedWeight`.
 
     Raises:
         ValueError: the rounding needs statistics and there are none.
@@ -162,7 +177,7 @@ def make_planes(
     hessian = None if statistics is None else statistics.hessian
     if (source.rounding == "gptq" and hessian is None) or (source.rounding == "search" and statistics is None):
         raise ValueError(f"{source.source}: rounding {source.rounding} needs statistics of the input")
-    weight = prepared_weight(source, tensor, program)
+    weight = prepared_weight(source, tensor, program, release)
     mask = None if source.mask is None else program.masks[source.mask].float()
     inverse = None if mask is None else inverse_mask(mask)
     planes: Planes = {}
@@ -186,17 +201,16 @@ def make_planes(
         damping = min(max(rotated.shape[1] / statistics.tokens, MIN_DAMPING), MAX_DAMPING)
         codes, scales = gptq(rotated, hessian, damping=damping, name=str(source.source))
         return {**planes, "codes": codes, "scales": scales}
-    if low_rank is None and weight.row_mask is None and source.rounding == "nearest":
-        codes, scales = torch.ops.hif4.quantize(weight.exact(), inverse, source.hadamard)
-        return {**planes, "codes": codes, "scales": scales}
     shapes = packed_shapes(weight.shape)
     codes, scales = (torch.empty(shape, dtype=torch.uint8) for shape in shapes)
-    for rows in weight.blocks(BLOCK_ELEMENTS if source.rounding == "nearest" else SEARCHED_ELEMENTS):
-        residual = _residual(weight, rows, inverse, low_rank)
-        if statistics is None or source.rounding == "nearest":
-            found = torch.ops.hif4.quantize(residual, None, source.hadamard)
-        else:
+    for rows in weight.blocks(SEARCHED_ELEMENTS if source.rounding == "search" else BLOCK_ELEMENTS):
+        if statistics is not None and source.rounding == "search":
+            residual = _residual(weight, rows, inverse, low_rank)
             found = search_scales(_rotated(residual, source.hadamard), statistics.energy)
+        elif low_rank is None:
+            found = torch.ops.hif4.quantize(weight.exact(rows), inverse, source.hadamard)
+        else:
+            found = torch.ops.hif4.quantize(_residual(weight, rows, inverse, low_rank), None, source.hadamard)
         codes[rows], scales[rows] = found
     return {**planes, "codes": codes, "scales": scales}
 
@@ -263,39 +277,35 @@ def pack_tensors(
         if first.source is None:
             values = {source.name: source.value for source in sources if source.value is not None}
             return PackedTensor(None, values, None, 0, None)
-        tensor = checkpoint.read(first.source, validate=True)
-        digest = hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+        tensor = checkpoint.read(first.source)
+        digest = checkpoint.digest(first.source, tensor)
         if first.plane == "whole":
             whole = whole_tensor(first, program, checkpoint).to(stored_dtype(first, checkpoint))
             return PackedTensor(first.source, {first.name: whole}, digest, tensor.nbytes, None)
+        release = functools.partial(checkpoint.release, first.source)
         planes = solved(first.source)
         if planes is None:
             known = None if first.rounding == "nearest" else statistics(first)
-            planes = make_planes(first, tensor, program, known)
+            planes = make_planes(first, tensor, program, known, release)
         stored = {source.name: planes[source.plane] for source in sources}
-        sqnr = None if measure is None else measure(first, prepared_weight(first, tensor, program), planes)
-        size = tensor.nbytes
-        del tensor
-        checkpoint.release(first.source)
-        return PackedTensor(first.source, stored, digest, size, sqnr)
+        sqnr = None if measure is None else measure(first, prepared_weight(first, tensor, program, release), planes)
+        return PackedTensor(first.source, stored, digest, tensor.nbytes, sqnr)
 
     with contextlib.closing(in_order(pack, groups, lambda sources: _working_bytes(sources[0], checkpoint))) as made:
         for result in made:
             yield result
             if result.source is not None:
-                checkpoint.release(result.source)  # a whole tensor may be the mapped file itself
+                checkpoint.release(result.source)  # a whole tensor is the mapped file itself where nothing changes
 
 
 def _working_bytes(source: TensorSource, checkpoint: Checkpoint) -> int:
-    """About what packing a tensor takes at its peak, its result included."""
+    """About what packing a tensor takes at its peak, its result included, beside what the checkpoint gives back."""
     if source.source is None:
         return 0
     elements = checkpoint.shape(source.source).numel()
-    size = elements * checkpoint.dtype(source.source).itemsize
     if source.plane == "whole":
-        return 3 * size if source.changed else size
-    packed = size + elements * 9 // 16
-    return packed + 4 * elements if source.rank else packed
+        return 8 * elements if source.changed else 0
+    return elements * 9 // 16 + (4 * elements if source.rank else 0)
 
 
 def _low_rank(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

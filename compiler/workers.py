@@ -11,7 +11,7 @@ import torch
 
 __all__ = ["BUDGET", "in_order"]
 
-BUDGET = 1 << 30
+BUDGET = 1 << 29
 """Bytes that the pieces that are worked on, and results that wait, may take together."""
 
 _READERS = 1

@@ -6,6 +6,7 @@ a header until it has been checked against the file.
 Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, then the data without holes).
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -245,6 +246,18 @@ class TensorFile:
             start = (self._data_start + offset) // mmap.PAGESIZE * mmap.PAGESIZE
             self._map.madvise(mmap.MADV_DONTNEED, start, self._data_start + offset + spec.nbytes - start)
 
+    def prefetch(self, name: str) -> None:
+        """Let the system begin to read a tensor from the disk."""
+        self._advise(name, "POSIX_FADV_WILLNEED")
+
+    def forget(self, name: str) -> None:
+        """Let the system drop a tensor that was released from its cache, where no other process has it mapped."""
+        self._advise(name, "POSIX_FADV_DONTNEED")
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor's data."""
+        return self._entry(name)[0].nbytes
+
     def close(self) -> None:
         """Give up the map; tensors read from it keep it alive."""
         self._entries = {}
@@ -256,6 +269,18 @@ class TensorFile:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _advise(self, name: str, advice: str) -> None:
+        spec, offset = self._entry(name)
+        if not spec.nbytes or not hasattr(os, "posix_fadvise"):
+            return
+        # Advice only: a file that is gone by now is still mapped.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, self._data_start + offset, spec.nbytes, getattr(os, advice))
+            finally:
+                os.close(descriptor)
 
     def _entry(self, name: str) -> tuple[TensorSpec, int]:
         try:
