@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hif4c.compiler.calibration import Group
-from hif4c.compiler.calibration_inputs import Call
+from hif4c.compiler.calibration_calls import Call, StoredCalls, derive_seed, write_tensors
 from hif4c.compiler.calibration_writer import MAX_ROWS, CalibrationWriter
 from hif4c.compiler.capture import capture
 from hif4c.compiler.checkpoint import Checkpoint, Fingerprint
@@ -21,11 +21,13 @@ from hif4c.compiler.locate import ModelLocation
 from hif4c.compiler.models import WanConfig
 from hif4c.compiler.pipeline import run_passes
 from hif4c.compiler.plan import make_plan
+from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.compiler.recipe import Recipe
 from hif4c.compiler.sketch import ChannelSketch
 from hif4c.passes.program import Program
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.graph import Graph, Node, Ref
+from hif4c.runtime.safetensors_stream import TensorFile
 
 __all__ = ["BINS", "CheckpointStore", "calibrate", "find_groups", "plan_program", "timestep_edges"]
 
@@ -34,6 +36,8 @@ STAGE = "choose_precision"
 """The last pass before calibration: linears are planned, and nothing of their inputs has changed."""
 BINS = 4
 """Timestep bins of an expert."""
+WAITING = 1 << 30
+"""Bytes of intermediate values that wait in memory; what is more waits in files."""
 
 
 class CheckpointStore:
@@ -107,21 +111,24 @@ def calibrate(
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    ranks: Ranks = ALONE,
     events: Callable[[str, Any], None] = lambda event, value: None,
 ) -> None:
     """Run every expert's calls through its captured program and write the calibration file.
 
-    Memory: one layer's weights, what the samples hold between two nodes, and one group's histograms; what is finished
-    lies on the disk beside `output`.
+    Memory: the weights of one transformer block with the histograms of its inputs, what one call needs within it, and
+    up to `WAITING` of what the others hold between two blocks; the rest, and what is finished, lies on the disk beside
+    `output`.
 
     Args:
         location: the model.
-        calls: expert -> its calls.
+        calls: expert -> its calls, the same on every rank.
         output: the file to write; its folder must exist.
         runs: where the calls came from, for the file's header.
         seed: of the choice of rows.
         device: where the program runs.
-        events: called with ("step", sentence), ("total", bytes) and ("bytes", count).
+        ranks: share the calls; rank 0 writes the file, which does not depend on how many ranks there are.
+        events: called with ("step", sentence), ("total", bytes), ("unit", "bytes") and ("bytes", count).
 
     Raises:
         Hif4Error: an expert without calls, weights or activations that are not finite, a full disk.
@@ -130,7 +137,7 @@ def calibrate(
         if not calls.get(name):
             raise Hif4Error(f"{name}: no calibration call reached it; use more steps.")
     planned: dict[WanConfig, Program] = {}
-    with CalibrationWriter(output) as writer:
+    with CalibrationWriter(output, ranks) as writer:
         for name, path in location.experts.items():
             config = location.configs[name]
             if config not in planned:  # experts of one config have one program
@@ -138,78 +145,136 @@ def calibrate(
                 captured = capture(config, torch.bfloat16, location.pipeline.expand_timesteps)
                 planned[config] = plan_program(captured, config)
             program = planned[config]
-            edges = timestep_edges(location, name)
             events("step", f"calibrating {name} on {len(calls[name])} calls")
             with Checkpoint(path, config, location.layout) as checkpoint:
                 shapes = {spec.source: spec.shape for spec in program.tensors.values() if spec.source is not None}
                 checkpoint.check(shapes)
                 events("total", checkpoint.total_bytes)
+                events("unit", "bytes")
                 store = CheckpointStore(program, checkpoint, lambda size: events("bytes", size))
-                watch = _Watch(program, calls[name], edges, writer, name, seed)
-                inputs = [call.inputs for call in calls[name]]
-                (outputs,) = interpret(watch.graph, inputs, store, watch=watch, device=device)
-            if watch.left:
-                raise ValueError(f"{name}: the program never came to the inputs of {', '.join(watch.left)}")
-            samples = [value.cpu() for value in outputs]
-            if not all(bool(torch.isfinite(value).all()) for value in samples):
-                raise Hif4Error(f"{name}: its output on the calibration calls is not finite; check the weights.")
-            recorded = list(zip(calls[name], samples, strict=True))
-            writer.add_expert(name, store.fingerprint.hexdigest(), edges, recorded)
-        writer.finish(location.source, runs)
+                edges = timestep_edges(location, name)
+                pass_over = _Pass(name, program, calls[name], edges, writer, ranks, seed)
+                with ranks.together():
+                    pass_over.run(store, device)
+            if ranks.first:
+                writer.add_expert(name, store.fingerprint.hexdigest(), edges, pass_over.recorded())
+            ranks.all_agree(None)
+        if ranks.first:
+            writer.finish(location.source, runs)
 
 
-class _Watch:
-    """Looks at the inputs of the quantized linears as they are computed; `left` are the groups still to come."""
+class _Pass:
+    """One expert's calls on their way through its program; watches the inputs of the quantized linears.
+
+    A segment of the program runs for one call after the other, so a group is complete when the last call of this rank
+    has come to it: in the order of the program, which is the same on every rank.
+    """
+
+    barriers: frozenset[int] = frozenset()
 
     def __init__(
         self,
+        expert: str,
         program: Program,
         calls: Sequence[Call],
         edges: Sequence[float],
         writer: CalibrationWriter,
-        expert: str,
+        ranks: Ranks,
         seed: int,
     ) -> None:
-        self.graph = to_graph(program)
-        self.left = {group.name: group for group in find_groups(program)}
-        paths = {number: _linear_path(self.graph, node) for number, node in enumerate(self.graph.nodes)}
-        self._groups = {number: self.left[path] for number, path in paths.items() if path in self.left}
-        self._bins = [_bin(call.noise_level, edges) for call in calls]
+        self._expert, self._calls, self._writer, self._ranks, self._seed = expert, calls, writer, ranks, seed
+        self._graph = to_graph(program)
+        self._left = {group.name: group for group in find_groups(program)}
+        self._mine = ranks.share(range(len(calls)))
+        self._bins = [_bin(calls[index].noise_level, edges) for index in self._mine]
         self._bin_count = len(edges) - 1
-        self._writer, self._expert = writer, expert
-        self._generator = torch.Generator().manual_seed(seed)
-        self._sketch: ChannelSketch | None = None
-        self._rows: list[torch.Tensor] = []
+        self._open: dict[str, _OpenGroup] = {}
 
-    @property
-    def barriers(self) -> Collection[int]:
-        """The groups' first readers: one group's sketch is in memory."""
-        return self._groups.keys()
+    def run(self, store: CheckpointStore, device: torch.device | str) -> None:
+        """Run this rank's calls; their outputs are in files afterwards."""
+        scratch = self._writer.folder / f"values-{self._ranks.rank}"
+        scratch.mkdir(exist_ok=True)
+        samples = [self._calls[index].inputs for index in self._mine]
+        (outputs,) = interpret(self._graph, samples, store, watch=self, device=device, scratch=scratch, memory=WAITING)
+        if not self._mine:
+            for group in list(self._left.values()):
+                self._finish(_OpenGroup(group, self._bin_count))
+        if self._left:
+            raise ValueError(f"{self._expert}: the program never came to the inputs of {', '.join(self._left)}")
+        for index in reversed(self._mine):
+            sample = outputs.pop().cpu()
+            if not bool(torch.isfinite(sample).all()):
+                raise Hif4Error(
+                    f"{self._expert}: its output on the calibration calls is not finite; check the weights."
+                )
+            write_tensors(self._sample_path(index), {"sample": sample})
+
+    def recorded(self) -> Iterator[tuple[Call, torch.Tensor]]:
+        """All calls with their outputs, one in memory at a time."""
+        for index, call in enumerate(self._calls):
+            with TensorFile(self._sample_path(index)) as file:
+                yield call, file.read("sample")
+            _release(self._calls, index)
 
     def on_input(self, number: int, node: Node, sample: int, value: Any) -> None:
-        """Take the input of a group's first reader into account."""
-        group = self._groups.get(number)
-        if group is None:
+        """Take a call's input of a group's first reader into account."""
+        path = _linear_path(self._graph, node)
+        if path is None or path not in self._left:
             return
-        if self._sketch is None:
-            self._sketch = ChannelSketch(group.channels, self._bin_count)
-        flat = value.reshape(-1, group.channels)
+        if path not in self._open:
+            self._open[path] = _OpenGroup(self._left[path], self._bin_count)
+        opened, index = self._open[path], self._mine[sample]
         try:
-            self._sketch.update(flat, self._bins[sample])
+            chosen = torch.Generator().manual_seed(derive_seed(self._seed, self._expert, path, index))
+            opened.add(index, value, self._bins[sample], math.ceil(MAX_ROWS / len(self._calls)), chosen)
         except ValueError as error:
             raise Hif4Error(
-                f"{self._expert}, input of {group.name}: {error}; check the weights and the calibration's samples."
+                f"{self._expert}, input of {path}: {error}; check the weights and the calibration's samples."
             ) from None
-        wanted = math.ceil(MAX_ROWS / len(self._bins))
-        chosen = torch.randperm(len(flat), generator=self._generator)[:wanted].sort().values
-        self._rows.append(flat[chosen.to(flat.device)].to(torch.bfloat16).cpu())
+        _release(self._calls, index)  # read in the first segment and not again
+        if len(opened.rows) == len(self._mine):
+            self._finish(self._open.pop(path))
 
     def on_ready(self, number: int, inputs: Sequence[Any]) -> None:
-        """Write what was seen of a group."""
-        assert self._sketch is not None
-        group = self.left.pop(self._groups[number].name)
-        self._writer.add_group(self._expert, group, self._sketch, torch.cat(self._rows))
-        self._sketch, self._rows = None, []
+        """There are no barriers."""
+
+    def _finish(self, opened: _OpenGroup) -> None:
+        """Bring together what the ranks saw of a group; rank 0 keeps it."""
+        del self._left[opened.group.name]
+        self._ranks.all_agree(None)
+        opened.sketch.merge_ranks(self._ranks)
+        rows = {index: rows for part in self._ranks.all_gather(opened.rows) for index, rows in part.items()}
+        if self._ranks.first:
+            ordered = [rows[index] for index in sorted(rows)]
+            self._writer.add_group(self._expert, opened.group, opened.sketch, torch.cat(ordered))
+
+    def _sample_path(self, index: int) -> Path:
+        return self._writer.folder / f"{self._expert}-sample-{index}.safetensors"
+
+
+class _OpenGroup:
+    """What this rank has seen of a group.
+
+    Attributes:
+        rows: number of the call -> some of its tokens [R, K] bf16.
+    """
+
+    def __init__(self, group: Group, bins: int) -> None:
+        self.group = group
+        self.sketch = ChannelSketch(group.channels, bins)
+        self.rows: dict[int, torch.Tensor] = {}
+
+    def add(self, index: int, value: torch.Tensor, place: int, wanted: int, generator: torch.Generator) -> None:
+        """Count the tokens of a call [..., K] in a timestep bin and keep `wanted` of them (ValueError for NaN)."""
+        flat = value.reshape(-1, self.group.channels)
+        self.sketch.update(flat, place)
+        chosen = torch.randperm(len(flat), generator=generator)[:wanted].sort().values
+        self.rows[index] = flat[chosen.to(flat.device)].to(torch.bfloat16).cpu()
+
+
+def _release(calls: Sequence[Call], index: int) -> None:
+    if isinstance(calls, StoredCalls):
+        calls.release(index)
 
 
 def _linear_path(graph: Graph, node: Node) -> str | None:

@@ -22,7 +22,7 @@ from typing import Any, Self
 
 import torch
 
-from hif4c.compiler.calibration_inputs import Call
+from hif4c.compiler.calibration_calls import Call
 from hif4c.compiler.sketch import ChannelSketch
 from hif4c.runtime.components import EXPERT_NAMES
 from hif4c.runtime.errors import Hif4Error

@@ -7,8 +7,7 @@ at the timesteps that they really serve.
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -18,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from hif4c.compiler.calibration_calls import Call, LowestCalls, StoredCalls, derive_seed
 from hif4c.compiler.models import EXPERT_NAMES, WanConfig
+from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.sampling import SamplingSettings, sample_latents
 
@@ -28,61 +29,34 @@ if TYPE_CHECKING:
 __all__ = ["Call", "ClipFile", "calls_from_clips", "calls_from_trajectory", "find_clips"]
 
 VIDEO_SUFFIXES = (".mp4", ".gif", ".webm", ".mov", ".mkv")
-ARGUMENTS = ("hidden_states", "timestep", "encoder_hidden_states")
-"""What a transformer is called with, in the order of its parameters and of the captured program."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of an expert.
-
-    Attributes:
-        hidden_states: latents [B, C, F, H, W].
-        timestep: [B], or [B, tokens] for a model with expanded timesteps; one noise level for the whole batch.
-        encoder_hidden_states: text embeddings [B, text, D].
-    """
-
-    hidden_states: torch.Tensor
-    timestep: torch.Tensor
-    encoder_hidden_states: torch.Tensor
-
-    @property
-    def noise_level(self) -> float:
-        """The timestep, 0 to 1000; of expanded timesteps the largest, as first-frame tokens have 0."""
-        return float(self.timestep.max())
-
-    def first(self, count: int) -> Call:
-        """The first clips of the batch."""
-        return Call(self.hidden_states[:count], self.timestep[:count], self.encoder_hidden_states[:count])
-
-    @property
-    def inputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """In the order of the captured program."""
-        return self.hidden_states, self.timestep.float(), self.encoder_hidden_states
 
 
 def calls_from_trajectory(
     pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     settings: SamplingSettings,
+    folder: Path,
     *,
     seed: int = 0,
     limit: int = 32,
     batch: int = 16,
     image: Any = None,
+    ranks: Ranks = ALONE,
     on_step: Callable[[int], None] | None = None,
-) -> dict[str, list[Call]]:
+) -> dict[str, StoredCalls]:
     """Sample the prompts and keep some of the calls that the experts get, conditional and unconditional alike.
 
     Args:
         pipeline: the original pipeline.
         prompts: at least one.
         settings: as the model will be used: size, frames, steps, guidance.
+        folder: where the calls' files are put; every rank must see it.
         seed: of the noise (clip i from seed + i) and of the choice of calls.
         limit: calls to keep an expert, chosen evenly at random over its steps, prompts and guidance passes.
         batch: prompts sampled together; a call then holds that many clips.
         image: first frame, for an image-to-video pipeline.
-        on_step: called with the number of clips after every denoising step.
+        ranks: sample a share of the batches each; the calls that are kept do not depend on how many there are.
+        on_step: called with the number of clips after every denoising step of this rank.
 
     Returns:
         Expert -> its calls in the order of sampling; none for an expert whose timesteps no step came to.
@@ -90,43 +64,26 @@ def calls_from_trajectory(
     Raises:
         Hif4Error: no prompt, or settings that do not fit the model.
     """
-    if not prompts:
-        raise Hif4Error("a calibration needs at least one prompt.")
-    generator = random.Random(seed)
-    experts = {name: module for name in EXPERT_NAMES if (module := getattr(pipeline, name, None)) is not None}
-    kept = {name: _Reservoir(limit, generator) for name in experts}
-    handles = [module.register_forward_pre_hook(kept[name].hook, with_kwargs=True) for name, module in experts.items()]
-    try:
-        for start in range(0, len(prompts), batch):
-            part = prompts[start : start + batch]
-            step = None if on_step is None else partial(on_step, len(part))
-            seeds = range(seed + start, seed + start + len(part))
-            sample_latents(pipeline, part, seeds, settings, image=image, on_step=step)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: [reservoir.calls[number] for number in sorted(reservoir.calls)] for name, reservoir in kept.items()}
-
-
-class _Reservoir:
-    """Some of the calls of a module: each has the same chance to be kept, however many there will be."""
-
-    def __init__(self, limit: int, generator: random.Random) -> None:
-        self.calls: dict[int, Call] = {}
-        self._limit, self._generator = limit, generator
-        self._seen = 0
-
-    def hook(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Called before the module is."""
-        number = self._seen
-        self._seen += 1
-        if len(self.calls) == self._limit:
-            slot = self._generator.randrange(self._seen)
-            if slot >= self._limit:
-                return
-            del self.calls[list(self.calls)[slot]]
-        given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
-        self.calls[number] = Call(*(given[key].detach().to("cpu", copy=True) for key in ARGUMENTS))
+    with ranks.together():
+        if not prompts:
+            raise Hif4Error("a calibration needs at least one prompt.")
+        experts = {name: module for name in EXPERT_NAMES if (module := getattr(pipeline, name, None)) is not None}
+        kept = {name: LowestCalls(folder, name, limit, seed) for name in experts}
+        handles = [
+            module.register_forward_pre_hook(kept[name].hook, with_kwargs=True) for name, module in experts.items()
+        ]
+        try:
+            for start in ranks.share(range(0, len(prompts), batch)):
+                part = prompts[start : start + batch]
+                for calls in kept.values():
+                    calls.begin(start // batch)
+                step = None if on_step is None else partial(on_step, len(part))
+                seeds = range(seed + start, seed + start + len(part))
+                sample_latents(pipeline, part, seeds, settings, image=image, on_step=step)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {name: calls.chosen(ranks) for name, calls in kept.items()}
 
 
 @dataclass(frozen=True)
@@ -165,11 +122,13 @@ def calls_from_clips(
     clips: Sequence[ClipFile],
     settings: SamplingSettings,
     config: WanConfig,
+    folder: Path,
     *,
     seed: int = 0,
     limit: int = 32,
+    ranks: Ranks = ALONE,
     on_call: Callable[[int], None] | None = None,
-) -> dict[str, list[Call]]:
+) -> dict[str, StoredCalls]:
     """Noise the clips' latents to timesteps of each expert, x_t = (1 - s) x_0 + s e; no sampling run is needed.
 
     Args:
@@ -178,9 +137,11 @@ def calls_from_clips(
         settings: size and frames that clips are brought to; steps, from which the timesteps are taken; with guidance
             every second call has the empty prompt instead of the caption.
         config: an expert's.
-        seed: of noise and timesteps.
+        folder: where the calls' files are put; every rank must see it.
+        seed: of noise and timesteps; each call has its own from it.
         limit: calls an expert, spread evenly over its steps.
-        on_call: called with 1 after every call that was made.
+        ranks: make a share of the calls each; the calls do not depend on how many there are.
+        on_call: called with 1 after every call that this rank made.
 
     Returns:
         Expert -> its calls of one clip, from the first step to the last; none for an expert without a step.
@@ -188,35 +149,44 @@ def calls_from_clips(
     Raises:
         Hif4Error: a file cannot be read or is too short, or the settings do not fit the model.
     """
-    settings.check(pipeline, config)
-    pipeline.scheduler.set_timesteps(settings.steps)
-    served = _timesteps_by_expert(pipeline, [float(value) for value in pipeline.scheduler.timesteps])
-    generator = torch.Generator().manual_seed(seed)
-    choices = random.Random(seed)
-    latents: dict[Path, torch.Tensor] = {}
-    texts: dict[str, torch.Tensor] = {}
-    made: dict[str, list[Call]] = {name: [] for name in served}
-    for name, values in served.items():
-        for number in range(limit if values else 0):
-            turn, place = divmod(number, len(clips))
-            clip = clips[place]
-            if clip.path not in latents:
-                latents[clip.path] = _encode(pipeline, _read_clip(clip.path, settings))
-            # A clip that comes again comes with the other prompt, whether the number of clips is even or odd.
-            caption = "" if settings.guidance > 1 and (turn + place) % 2 else clip.caption
-            if caption not in texts:
-                texts[caption] = _embed(pipeline, caption, settings)
-            first = number * len(values) // limit
-            last = max((number + 1) * len(values) // limit, first + 1)
-            timestep = choices.choice(values[first:last])
-            sigma = timestep / pipeline.scheduler.config.num_train_timesteps
-            clean = latents[clip.path]
-            noise = torch.randn(clean.shape, generator=generator)
-            video = ((1 - sigma) * clean + sigma * noise).to(torch.bfloat16)
-            made[name].append(Call(video, _timestep_tensor(pipeline, config, timestep, video), texts[caption]))
-            if on_call is not None:
-                on_call(1)
+    with ranks.together():
+        settings.check(pipeline, config)
+        pipeline.scheduler.set_timesteps(settings.steps)
+        served = _timesteps_by_expert(pipeline, [float(value) for value in pipeline.scheduler.timesteps])
+        made = {
+            name: StoredCalls(folder, name, [(number,) for number in range(limit if values else 0)])
+            for name, values in served.items()
+        }
+        latents: dict[Path, torch.Tensor] = {}
+        texts: dict[str, torch.Tensor] = {}
+        for name, calls in made.items():
+            for (number,) in ranks.share(calls.places):
+                turn, place = divmod(number, len(clips))
+                clip = clips[place]
+                if clip.path not in latents:
+                    latents[clip.path] = _encode(pipeline, _read_clip(clip.path, settings))
+                # A clip that comes again comes with the other prompt, whether the number of clips is even or odd.
+                caption = "" if settings.guidance > 1 and (turn + place) % 2 else clip.caption
+                if caption not in texts:
+                    texts[caption] = _embed(pipeline, caption, settings)
+                generator = torch.Generator().manual_seed(derive_seed(seed, name, number))
+                timestep = _nth_timestep(served[name], number, limit, generator)
+                sigma = timestep / pipeline.scheduler.config.num_train_timesteps
+                clean = latents[clip.path]
+                noise = torch.randn(clean.shape, generator=generator)
+                video = ((1 - sigma) * clean + sigma * noise).to(torch.bfloat16)
+                timesteps = _timestep_tensor(pipeline, config, timestep, video)
+                calls.write((number,), Call(video, timesteps, texts[caption]))
+                if on_call is not None:
+                    on_call(1)
     return made
+
+
+def _nth_timestep(values: Sequence[float], number: int, count: int, generator: torch.Generator) -> float:
+    """The timestep of call `number` of `count`: any of its share of the expert's steps."""
+    first = number * len(values) // count
+    last = max((number + 1) * len(values) // count, first + 1)
+    return values[int(torch.randint(first, last, (), generator=generator))]
 
 
 def _timesteps_by_expert(pipeline: DiffusionPipeline, timesteps: Sequence[float]) -> dict[str, list[float]]:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hif4c.compiler.calibrate import calibrate
-from hif4c.compiler.calibration_inputs import Call, calls_from_clips, calls_from_trajectory, find_clips
-from hif4c.compiler.calibration_writer import check_calibration_path
+from hif4c.compiler.calibration_calls import StoredCalls
+from hif4c.compiler.calibration_inputs import calls_from_clips, calls_from_trajectory, find_clips
+from hif4c.compiler.calibration_writer import check_calibration_path, scratch_folder
 from hif4c.compiler.locate import ModelDescription, ModelLocation
+from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.compiler.sampling_defaults import sampling_defaults
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.pipeline import check_device, load_components
@@ -41,7 +43,7 @@ class CalibrationOptions:
         clips: folder of clips with captions that are noised instead of sampling.
         image: first frame, for an image-to-video model.
         seed: of the noise and of every choice.
-        calls: recorded calls an expert; all are in memory while they run through the program.
+        calls: recorded calls an expert; what they hold while they run through the program waits on the disk.
         batch: prompts sampled together, and clips in a recorded call; None for 16 of a small model, 1 of a large one.
         device: where pipeline and program run.
         sampling: settings that differ from the model's usual ones (height, width, frames, steps, guidance).
@@ -79,7 +81,12 @@ def builtin_prompts(model: ModelDescription, count: int, seed: int) -> list[str]
 
 
 def run_calibration(
-    location: ModelLocation, output: Path, options: CalibrationOptions, events: Events = lambda event, value: None
+    location: ModelLocation,
+    output: Path,
+    options: CalibrationOptions,
+    events: Events = lambda event, value: None,
+    *,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Calibrate a model and write the file `output`.
 
@@ -87,22 +94,26 @@ def run_calibration(
         location: a model with its whole pipeline.
         output: the file; its folder is made, and an older file gives way when the new one is complete.
         options: see `CalibrationOptions`.
-        events: ("step", sentence), ("total", amount) and ("bytes", amount).
+        events: ("step", sentence), ("total", amount), ("unit", "bytes") and ("bytes", amount).
+        ranks: share the sampling and the calls; each with the memory of one alone. With as many threads each, they
+            make the file that one alone makes, byte for byte.
 
     Raises:
         Hif4Error: no prompt, no pipeline beside the experts, a device that is not there, a full disk.
     """
-    device = check_device(options.device)
-    settings = SamplingSettings.from_defaults(sampling_defaults(location.configs), **dict(options.sampling))
-    if location.layout != "diffusers" or not (location.root / "model_index.json").is_file():
-        raise Hif4Error(f"{location.root}: has no pipeline (model_index.json); calibrate a diffusers directory.")
-    check_calibration_path(output)
-    make_calls = _calls_from_trajectory if options.clips is None else _calls_from_clips
-    calls, source = make_calls(location, settings, options, device, events)
-    source |= {"seed": options.seed, "steps": settings.steps, "guidance": settings.guidance}
-    source |= {"height": settings.height, "width": settings.width, "frames": settings.frames}
-    source["calls"] = {name: len(found) for name, found in calls.items()}
-    calibrate(location, calls, output, [source], seed=options.seed, device=device, events=events)
+    with ranks.together():
+        device = check_device(ranks.device if ranks.device.type != "cpu" else options.device)
+        settings = SamplingSettings.from_defaults(sampling_defaults(location.configs), **dict(options.sampling))
+        if location.layout != "diffusers" or not (location.root / "model_index.json").is_file():
+            raise Hif4Error(f"{location.root}: has no pipeline (model_index.json); calibrate a diffusers directory.")
+        check_calibration_path(output)
+    with scratch_folder(output, ranks) as folder:
+        make_calls = _calls_from_trajectory if options.clips is None else _calls_from_clips
+        calls, source = make_calls(location, settings, options, folder, device, ranks, events)
+        source |= {"seed": options.seed, "steps": settings.steps, "guidance": settings.guidance}
+        source |= {"height": settings.height, "width": settings.width, "frames": settings.frames}
+        source["calls"] = {name: len(found) for name, found in calls.items()}
+        calibrate(location, calls, output, [source], seed=options.seed, device=device, ranks=ranks, events=events)
 
 
 def _schedule(pipeline: DiffusionPipeline) -> list[float]:
@@ -114,7 +125,7 @@ def _usual_batch(location: ModelLocation) -> int:
     return SMALL_MODEL_BATCH if all(item.inner_dim <= SMALL_WIDTH for item in location.configs.values()) else 1
 
 
-Made = tuple[dict[str, list[Call]], dict[str, Any]]
+Made = tuple[dict[str, StoredCalls], dict[str, Any]]
 """Calls of every expert, and where they came from."""
 
 
@@ -122,22 +133,29 @@ def _calls_from_trajectory(
     location: ModelLocation,
     settings: SamplingSettings,
     options: CalibrationOptions,
+    folder: Path,
     device: torch.device,
+    ranks: Ranks,
     events: Events,
 ) -> Made:
-    image = open_image(options.image, location.pipeline.class_name, settings)
-    prompts = options.prompts or builtin_prompts(location, options.count, options.seed)
-    pipeline = load_components(str(location.root), location.pipeline.class_name).to(device)
+    with ranks.together():
+        image = open_image(options.image, location.pipeline.class_name, settings)
+        prompts = options.prompts or builtin_prompts(location, options.count, options.seed)
+        batch = options.batch or _usual_batch(location)
+        pipeline = load_components(str(location.root), location.pipeline.class_name).to(device)
     events("step", f"sampling {len(prompts)} prompts")
-    events("total", settings.steps * len(prompts))
+    mine = [min(batch, len(prompts) - start) for start in ranks.share(range(0, len(prompts), batch))]
+    events("total", settings.steps * sum(mine))
     calls = calls_from_trajectory(
         pipeline,
         prompts,
         settings,
+        folder,
         seed=options.seed,
         limit=options.calls,
-        batch=options.batch or _usual_batch(location),
+        batch=batch,
         image=image,
+        ranks=ranks,
         on_step=partial(events, "bytes"),
     )
     return calls, {"source": "trajectory", "prompts": list(prompts), "timesteps": _schedule(pipeline)}
@@ -147,26 +165,35 @@ def _calls_from_clips(
     location: ModelLocation,
     settings: SamplingSettings,
     options: CalibrationOptions,
+    folder: Path,
     device: torch.device,
+    ranks: Ranks,
     events: Events,
 ) -> Made:
     assert options.clips is not None
-    if location.pipeline.class_name == "WanImageToVideoPipeline":
-        raise Hif4Error("clips do not calibrate an image-to-video model; let it sample prompts with --image instead.")
-    if options.image is not None or options.prompts:
-        raise Hif4Error("clips bring their own captions and frames; leave out --image and --prompt-file, or --clips.")
-    clips = find_clips(options.clips)
-    source = str(location.root)
-    pipeline = load_components(source, location.pipeline.class_name, without_experts=True).to(device)
+    with ranks.together():
+        if location.pipeline.class_name == "WanImageToVideoPipeline":
+            raise Hif4Error(
+                "clips do not calibrate an image-to-video model; let it sample prompts with --image instead."
+            )
+        if options.image is not None or options.prompts:
+            raise Hif4Error(
+                "clips bring their own captions and frames; leave out --image and --prompt-file, or --clips."
+            )
+        clips = find_clips(options.clips)
+        source = str(location.root)
+        pipeline = load_components(source, location.pipeline.class_name, without_experts=True).to(device)
     events("step", f"noising {len(clips)} clips")
-    events("total", options.calls * len(location.experts))
+    events("total", len(ranks.share(range(options.calls))) * len(location.experts))
     calls = calls_from_clips(
         pipeline,
         clips,
         settings,
         next(iter(location.configs.values())),
+        folder,
         seed=options.seed,
         limit=options.calls,
+        ranks=ranks,
         on_call=partial(events, "bytes"),
     )
     names = [clip.path.name for clip in clips]

@@ -6,8 +6,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -15,12 +15,13 @@ from typing import Any, Self
 import torch
 
 from hif4c.compiler.calibration import KEY, VERSION, Calibration, Group
-from hif4c.compiler.calibration_inputs import Call
+from hif4c.compiler.calibration_calls import Call, write_tensors
+from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.compiler.sketch import ChannelSketch
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.safetensors_stream import StreamingWriter, TensorFile, TensorSpec, tensor_bytes
 
-__all__ = ["MAX_ROWS", "CalibrationWriter", "check_calibration_path", "merge_calibrations"]
+__all__ = ["MAX_ROWS", "CalibrationWriter", "check_calibration_path", "merge_calibrations", "scratch_folder"]
 
 MAX_ROWS = 256
 """Tokens that are kept of every group."""
@@ -41,6 +42,29 @@ def check_calibration_path(path: Path) -> None:
         raise Hif4Error(f"{path}: the calibration cannot be written there ({error.strerror}).") from None
 
 
+@contextmanager
+def scratch_folder(path: Path, ranks: Ranks = ALONE) -> Iterator[Path]:
+    """A folder beside `path` that every rank can use, removed when all ranks leave the context.
+
+    Raises:
+        Hif4Error: a rank does not see it.
+    """
+    with ExitStack() as stack:
+        with ranks.together():
+            made = None
+            if ranks.first:
+                temporary = TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True)
+                made = stack.enter_context(temporary)
+        folder = Path(ranks.all_gather(made)[0])
+        with ranks.together():
+            if not folder.is_dir():
+                raise Hif4Error(
+                    f"{folder}: made by rank 0 and not seen here; write to a file system that all ranks share."
+                )
+        with ranks.together():
+            yield folder
+
+
 class CalibrationWriter:
     """A calibration file in the making.
 
@@ -49,21 +73,22 @@ class CalibrationWriter:
 
     Args:
         path: the file; its folder must exist.
+        ranks: all enter and leave the context; rank 0 is handed everything.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, ranks: Ranks = ALONE) -> None:
+        self._path, self._ranks = path, ranks
         self._parts: list[Path] = []
         self._groups: dict[str, list[dict[str, Any]]] = {}
         self._experts: dict[str, dict[str, Any]] = {}
 
     def __enter__(self) -> Self:
-        self._temporary = TemporaryDirectory(dir=self._path.parent, prefix=f".{self._path.name}.")
-        self._folder = Path(self._temporary.name)
+        self._context = scratch_folder(self._path, self._ranks)
+        self.folder = self._context.__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._temporary.cleanup()
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._context.__exit__(kind, error, trace)
 
     def add_group(self, expert: str, group: Group, sketch: ChannelSketch, rows: torch.Tensor) -> None:
         """Keep a group's histograms and tokens [R, K]; of more than `MAX_ROWS` tokens as many, evenly spaced."""
@@ -76,7 +101,7 @@ class CalibrationWriter:
         self._groups.setdefault(expert, []).append(entry)
 
     def add_expert(
-        self, expert: str, fingerprint: str, edges: Sequence[float], calls: Sequence[tuple[Call, torch.Tensor]]
+        self, expert: str, fingerprint: str, edges: Sequence[float], calls: Iterable[tuple[Call, torch.Tensor]]
     ) -> None:
         """Finish an expert whose groups are all there.
 
@@ -84,28 +109,30 @@ class CalibrationWriter:
             expert: its name.
             fingerprint: of its weights.
             edges: of the timestep bins of its histograms.
-            calls: with the unquantized program's outputs; text embeddings that several share are stored once.
+            calls: with the unquantized program's outputs, one in memory at a time; text embeddings that several share
+                are stored once.
         """
         texts: dict[Any, int] = {}
-        tensors: dict[str, torch.Tensor] = {}
+        count = 0
         for index, (call, sample) in enumerate(calls):
             text = call.encoder_hidden_states
             identity = (text.dtype, text.shape, hashlib.sha256(tensor_bytes(text)).digest())
-            number = texts.setdefault(identity, len(texts))
-            tensors[f"{expert}/texts/{number}"] = text
             prefix = f"{expert}/calls/{index}"
+            tensors = {} if identity in texts else {f"{expert}/texts/{len(texts)}": text}
+            number = texts.setdefault(identity, len(texts))
             tensors |= {
                 f"{prefix}/hidden_states": call.hidden_states,
                 f"{prefix}/timestep": call.timestep.float(),
                 f"{prefix}/text": torch.tensor(number),
                 f"{prefix}/sample": sample,
             }
-        self._write_part(tensors)
+            self._write_part(tensors)
+            count += 1
         self._experts[expert] = {
             "fingerprint": fingerprint,
             "edges": list(edges),
             "groups": self._groups[expert],
-            "calls": len(calls),
+            "calls": count,
         }
 
     def finish(self, model: str, runs: list[dict[str, Any]]) -> None:
@@ -122,22 +149,20 @@ class CalibrationWriter:
             with TensorFile(path) as part:
                 specs += [TensorSpec(name, *part.info(name)) for name in part.names]
         with StreamingWriter(
-            self._folder, specs, base_name="whole", shard_bytes=_ONE_FILE, metadata={KEY: text}, fsync=True
+            self.folder, specs, base_name="whole", shard_bytes=_ONE_FILE, metadata={KEY: text}, fsync=True
         ) as writer:
             # One part open at a time: a large model has more of them than a process may have open files.
             for path in self._parts:
                 with TensorFile(path) as part:
                     for name in part.names:
                         writer.write(name, part.read(name))
-        (self._folder / "whole.safetensors").replace(self._path)
+                        part.release(name)
+        (self.folder / "whole.safetensors").replace(self._path)
 
     def _write_part(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        base = f"part-{len(self._parts)}"
-        specs = [TensorSpec(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
-        with StreamingWriter(self._folder, specs, base_name=base, shard_bytes=_ONE_FILE) as writer:
-            for name, value in tensors.items():
-                writer.write(name, value)
-        self._parts.append(self._folder / f"{base}.safetensors")
+        path = self.folder / f"part-{len(self._parts)}.safetensors"
+        write_tensors(path, tensors)
+        self._parts.append(path)
 
 
 def merge_calibrations(paths: Sequence[Path], output: Path) -> None:
@@ -171,7 +196,7 @@ def merge_calibrations(paths: Sequence[Path], output: Path) -> None:
                         raise Hif4Error(f"{file.path}: {name}, {group.name} cannot be merged: {error}.") from None
                 rows = torch.cat([file.experts[name].rows(group.name) for file in files])
                 writer.add_group(name, group, sketch, rows)
-            calls = [item for file in files for item in file.experts[name].calls()]
+            calls = (item for file in files for item in file.experts[name].calls())
             writer.add_expert(name, expert.fingerprint, expert.edges, calls)
         writer.finish(first.model, [run for file in files for run in file.runs])
 

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from hif4c.compiler.log_grid import EDGES, VALUES, bucket_of
+from hif4c.compiler.ranks import Ranks
 from hif4c.runtime.errors import Hif4Error
 
 __all__ = ["MAX_BUCKETS", "ChannelHistogram", "ChannelSketch"]
 
 MAX_BUCKETS = 192
 _MAX_TOKENS = 2**31 - 1  # of all bins together, so that every count of a sketch and of its pooled bins is an int32
+_TOO_MANY = f"a sketch counts at most {_MAX_TOKENS} tokens in all its bins; use fewer samples"
 _BLOCK_CHANNELS = 128  # their counts, 128 x 192 int64, stay in a core's cache
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -105,6 +107,13 @@ class _Histogram:
         self.zeros += other.zeros
         self.tokens += other.tokens
 
+    def merge_ranks(self, ranks: Ranks, tokens: int) -> None:
+        """Add what the other ranks counted, which is `tokens` with our own."""
+        self.make_room(ranks.all_max(self.maximum))
+        self.counts = ranks.all_sum(self.counts)
+        self.zeros = ranks.all_sum(self.zeros)
+        self.tokens = tokens
+
     def percentile(self, rank: int) -> Tensor:
         """Value of the token number `rank` (from 1, ascending), [K] fp32."""
         if rank == self.tokens:
@@ -186,6 +195,21 @@ class ChannelSketch:
                 ours.merge(theirs)
             elif theirs is not None:
                 self._histograms[index] = theirs.clone()
+
+    def merge_ranks(self, ranks: Ranks) -> None:
+        """Add the tokens of the other ranks' sketches of the same input, on every rank; counts add exactly.
+
+        Raises:
+            ValueError: more than 2^31-1 tokens together.
+        """
+        counted = ranks.all_sum(self.count())
+        if int(counted.sum()) > _MAX_TOKENS:
+            raise ValueError(_TOO_MANY)
+        for index in counted.nonzero().flatten().tolist():
+            histogram = self._histograms[index]
+            if histogram is None:
+                histogram = self._histograms[index] = _Histogram(self.channels)
+            histogram.merge_ranks(ranks, int(counted[index]))
 
     def count(self, bins: Sequence[int] | None = None) -> Tensor:
         """Tokens of each chosen bin (all when None), int64."""
@@ -279,7 +303,7 @@ class ChannelSketch:
 
     def _check_room(self, tokens: int) -> None:
         if int(self.count().sum()) + tokens > _MAX_TOKENS:
-            raise ValueError(f"a sketch counts at most {_MAX_TOKENS} tokens in all its bins; use fewer samples")
+            raise ValueError(_TOO_MANY)
 
     def _chosen(self, bins: Sequence[int] | None) -> list[int]:
         chosen = list(range(self.bins)) if bins is None else list(bins)

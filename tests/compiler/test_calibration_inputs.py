@@ -1,27 +1,20 @@
 """Calls come from what the pipeline really does: its own steps, or clips noised to the timesteps of its steps."""
 
-import random
-
 import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 
 from hif4c.compiler import calibration_inputs as module
-from hif4c.compiler.calibration_inputs import (
-    Call,
-    ClipFile,
-    _Reservoir,
-    calls_from_clips,
-    calls_from_trajectory,
-    find_clips,
-)
+from hif4c.compiler.calibration_calls import StoredCalls
+from hif4c.compiler.calibration_inputs import ClipFile, calls_from_clips, calls_from_trajectory, find_clips
 from hif4c.compiler.locate import locate_model
 from hif4c.compiler.tiny.world import render_batch
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.media import save_clip
 from hif4c.runtime.pipeline import load_components
 from hif4c.runtime.sampling import SamplingSettings, decode_latents
+from tests.support.forked_ranks import in_ranks
 from tests.support.tiny import write_short_tiny
 
 PROMPTS = ["a red triangle moving left on a black background", "a blue ring moving up on a white background"]
@@ -78,8 +71,8 @@ def same(a, b):
 
 
 @pytest.fixture(scope="module")
-def trajectory(pipeline):
-    return calls_from_trajectory(pipeline, PROMPTS, SETTINGS, seed=5, batch=1)
+def trajectory(pipeline, tmp_path_factory):
+    return calls_from_trajectory(pipeline, PROMPTS, SETTINGS, tmp_path_factory.mktemp("calls"), seed=5, batch=1)
 
 
 def test_each_expert_is_called_at_its_timesteps_for_caption_and_empty_prompt(pipeline, trajectory):
@@ -119,9 +112,9 @@ def test_calls_hold_what_the_pipeline_computes(pipeline, trajectory):
     assert any(torch.equal(call.hidden_states, after.bfloat16()) for call in following)
 
 
-def test_a_batch_is_one_call(pipeline, trajectory):
+def test_a_batch_is_one_call(pipeline, trajectory, tmp_path):
     steps = []
-    together = calls_from_trajectory(pipeline, PROMPTS, SETTINGS, seed=5, batch=16, on_step=steps.append)
+    together = calls_from_trajectory(pipeline, PROMPTS, SETTINGS, tmp_path, seed=5, batch=16, on_step=steps.append)
     assert steps == [2] * 4
     assert {name: len(calls) for name, calls in together.items()} == {
         name: len(calls) // 2 for name, calls in trajectory.items()
@@ -133,44 +126,39 @@ def test_a_batch_is_one_call(pipeline, trajectory):
     assert torch.equal(first.hidden_states, torch.cat([call.hidden_states for call in alone]))
 
 
-def test_without_guidance_there_is_no_empty_prompt(pipeline):
+def test_without_guidance_there_is_no_empty_prompt(pipeline, tmp_path):
     settings = SamplingSettings(height=32, width=32, frames=5, steps=2, guidance=1.0, text_tokens=32)
-    calls = calls_from_trajectory(pipeline, PROMPTS[:1], settings)
+    calls = calls_from_trajectory(pipeline, PROMPTS[:1], settings, tmp_path)
     text = embed(pipeline, PROMPTS[:1])
     assert sum(map(len, calls.values())) == 2
     assert all(torch.equal(call.encoder_hidden_states, text) for made in calls.values() for call in made)
 
 
-def test_the_limit_keeps_some_of_the_calls_in_their_order(pipeline, trajectory):
-    found = calls_from_trajectory(pipeline, PROMPTS, SETTINGS, seed=5, limit=3, batch=1)
+def test_the_limit_keeps_some_of_the_calls_in_their_order(pipeline, trajectory, tmp_path):
+    found = calls_from_trajectory(pipeline, PROMPTS, SETTINGS, tmp_path, seed=5, limit=3, batch=1)
     for name, calls in found.items():
         places = [next(i for i, other in enumerate(trajectory[name]) if same(call, other)) for call in calls]
         assert len(places) == min(3, len(trajectory[name]))
         assert places == sorted(set(places))
+    assert len(list(tmp_path.iterdir())) == sum(map(len, found.values()))
 
 
-def test_every_call_has_the_same_chance_to_be_kept():
-    """Of twelve calls three, by 400 seeds: 100 times each, give or take five standard deviations (8.7)."""
-    counts = torch.zeros(12)
-    values = [torch.tensor([number]) for number in range(12)]
-    for seed in range(400):
-        reservoir = _Reservoir(3, random.Random(seed))
-        for value in values:
-            reservoir.hook(None, (value,), {"timestep": value, "encoder_hidden_states": value})
-        assert len(reservoir.calls) == 3
-        for number, call in reservoir.calls.items():
-            assert call.hidden_states.item() == number
-            counts[number] += 1
-    assert counts.sum() == 1200
-    assert (counts - 100).abs().max() < 44
+def test_ranks_sample_their_batches_and_keep_the_same_calls(pipeline, tmp_path):
+    """Two prompts over three ranks: the last one samples nothing. One thread each, so that bits can be compared."""
+
+    def work(ranks):
+        folder = tmp_path / str(ranks.count)
+        folder.mkdir(exist_ok=True)
+        found = calls_from_trajectory(pipeline, PROMPTS, SETTINGS, folder, seed=5, limit=3, batch=1, ranks=ranks)
+        return {name: calls.places for name, calls in found.items()}
+
+    (alone,) = in_ranks(1, work)
+    assert in_ranks(3, work) == [alone] * 3
+    assert files_in(tmp_path / "3") == files_in(tmp_path / "1")
 
 
-def test_recorded_latents_are_copies():
-    value = torch.zeros(2)
-    reservoir = _Reservoir(1, random.Random(0))
-    reservoir.hook(None, (value, value, value), {})
-    value += 1
-    assert reservoir.calls[0].hidden_states.sum() == 0
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_the_pipeline_is_left_as_it_was(pipeline, trajectory):
@@ -178,22 +166,16 @@ def test_the_pipeline_is_left_as_it_was(pipeline, trajectory):
     assert not pipeline.transformer_2._forward_pre_hooks
 
 
-def test_no_prompt(pipeline):
+def test_no_prompt(pipeline, tmp_path):
     with pytest.raises(Hif4Error, match="needs at least one prompt"):
-        calls_from_trajectory(pipeline, [], SETTINGS)
+        calls_from_trajectory(pipeline, [], SETTINGS, tmp_path)
 
 
-def test_the_trajectory_of_a_size_that_does_not_fit(pipeline):
+def test_the_trajectory_of_a_size_that_does_not_fit(pipeline, tmp_path):
     settings = SamplingSettings(height=36, width=32, frames=9, steps=2, guidance=5.0)
     with pytest.raises(Hif4Error, match="height 36: must be a positive multiple of 8"):
-        calls_from_trajectory(pipeline, PROMPTS, settings)
+        calls_from_trajectory(pipeline, PROMPTS, settings, tmp_path)
     assert not pipeline.transformer._forward_pre_hooks
-
-
-def test_the_noise_level_is_the_largest_timestep():
-    call = Call(torch.zeros(1), torch.tensor([[0, 600, 600]]), torch.zeros(1))
-    assert call.noise_level == 600
-    assert call.inputs[1].dtype == torch.float32
 
 
 # --------------------------------------------------------------------------------------------------------------- clips
@@ -236,8 +218,8 @@ def clips(folder):
 
 
 @pytest.fixture(scope="module")
-def noised(pipeline, clips, config):
-    return calls_from_clips(pipeline, clips, SETTINGS, config, seed=1, limit=8)
+def noised(pipeline, clips, config, tmp_path_factory):
+    return calls_from_clips(pipeline, clips, SETTINGS, config, tmp_path_factory.mktemp("calls"), seed=1, limit=8)
 
 
 def test_clips_are_found_with_their_captions(folder, clips):
@@ -264,25 +246,25 @@ def test_each_clip_comes_with_its_caption_and_with_the_empty_prompt(pipeline, no
         assert found == [0, 2, 2, 1, 0, 2, 2, 1]  # clips a b a b ...
 
 
-def test_every_third_clip_comes_with_both_prompts_too(pipeline, clips, config):
+def test_every_third_clip_comes_with_both_prompts_too(pipeline, clips, config, tmp_path):
     three = [clips[0], clips[1], clips[0]]
-    calls = calls_from_clips(pipeline, three, SETTINGS, config, limit=6)["transformer"]
+    calls = calls_from_clips(pipeline, three, SETTINGS, config, tmp_path, limit=6)["transformer"]
     empty = embed(pipeline, [""])
     found = [torch.equal(call.encoder_hidden_states, empty) for call in calls]
     assert found == [False, True, False, True, False, True]
 
 
-def test_without_guidance_every_call_has_its_caption(pipeline, clips, config):
+def test_without_guidance_every_call_has_its_caption(pipeline, clips, config, tmp_path):
     settings = SamplingSettings(height=32, width=32, frames=9, steps=4, guidance=1.0, text_tokens=32)
-    calls = calls_from_clips(pipeline, clips, settings, config, limit=4)["transformer_2"]
+    calls = calls_from_clips(pipeline, clips, settings, config, tmp_path, limit=4)["transformer_2"]
     texts = [embed(pipeline, [text]) for text in PROMPTS]
     assert all(torch.equal(call.encoder_hidden_states, texts[i % 2]) for i, call in enumerate(calls))
 
 
-def test_latents_are_noised_as_the_scheduler_would(pipeline, clips, config):
+def test_latents_are_noised_as_the_scheduler_would(pipeline, clips, config, tmp_path):
     """x_t = (1 - s) x_0 + s e, where x_0 decodes to the clip and e is standard normal and new in every call."""
     settings = SamplingSettings(height=32, width=32, frames=9, steps=20, guidance=1.0, text_tokens=32)
-    calls = calls_from_clips(pipeline, clips[:1], settings, config, limit=6)
+    calls = calls_from_clips(pipeline, clips[:1], settings, config, tmp_path, limit=6)
     last = calls["transformer_2"][-1]
     sigma = last.noise_level / 1000
     assert 0.05 < sigma < 0.3
@@ -321,32 +303,46 @@ def _clean_latents(pipeline, frames):
     return (mean - shift) / scale
 
 
-def test_another_seed_is_other_noise(pipeline, clips, config, noised):
-    other = calls_from_clips(pipeline, clips, SETTINGS, config, seed=2, limit=2)
+def test_another_seed_is_other_noise(pipeline, clips, config, noised, tmp_path):
+    other = calls_from_clips(pipeline, clips, SETTINGS, config, tmp_path, seed=2, limit=2)
     assert not torch.equal(other["transformer"][0].hidden_states, noised["transformer"][0].hidden_states)
 
 
-def test_the_experts_need_not_be_loaded(without_experts, clips, config, noised):
+def test_the_experts_need_not_be_loaded(without_experts, clips, config, noised, tmp_path):
     """Only the VAE, the text encoder and the scheduler are used; equal seeds give equal calls."""
     assert without_experts.transformer is without_experts.transformer_2 is None
     done = []
-    found = calls_from_clips(without_experts, clips, SETTINGS, config, seed=1, limit=8, on_call=done.append)
+    found = calls_from_clips(without_experts, clips, SETTINGS, config, tmp_path, seed=1, limit=8, on_call=done.append)
     for name, calls in noised.items():
         assert all(same(a, b) for a, b in zip(calls, found[name], strict=True))
     assert done == [1] * 16
 
 
-def test_an_expert_without_a_step_gets_no_call(pipeline, clips, config):
+def test_ranks_make_the_same_calls_of_clips(without_experts, clips, config, noised, tmp_path):
+    def work(ranks):
+        done = []
+        calls_from_clips(
+            without_experts, clips, SETTINGS, config, tmp_path, seed=1, limit=8, ranks=ranks, on_call=done.append
+        )
+        return len(done)
+
+    assert in_ranks(3, work) == [6, 6, 4]
+    for name, calls in noised.items():
+        found = StoredCalls(tmp_path, name, calls.places)
+        assert all(same(a, b) for a, b in zip(calls, found, strict=True))
+
+
+def test_an_expert_without_a_step_gets_no_call(pipeline, clips, config, tmp_path):
     settings = SamplingSettings(height=32, width=32, frames=9, steps=1, guidance=1.0, text_tokens=32)
-    calls = calls_from_clips(pipeline, clips, settings, config, limit=3)
+    calls = calls_from_clips(pipeline, clips, settings, config, tmp_path, limit=3)
     assert len(calls["transformer"]) == 3
-    assert calls["transformer_2"] == []
+    assert len(calls["transformer_2"]) == 0
 
 
-def test_a_timestep_for_every_token(without_experts, clips, config):
+def test_a_timestep_for_every_token(without_experts, clips, config, tmp_path):
     """Wan2.2-TI2V-5B with text only: all tokens have the same noise; one expert serves all timesteps."""
     without_experts.register_to_config(expand_timesteps=True, boundary_ratio=None)
-    calls = calls_from_clips(without_experts, clips[:1], SETTINGS, config, limit=4)
+    calls = calls_from_clips(without_experts, clips[:1], SETTINGS, config, tmp_path, limit=4)
     assert list(calls) == ["transformer"]
     assert levels(calls["transformer"]) == [value for part in timesteps(without_experts, 4).values() for value in part]
     for call in calls["transformer"]:
@@ -361,10 +357,10 @@ def test_a_timestep_for_every_token(without_experts, clips, config):
         ({"height": 36}, "height 36: must be a positive multiple of 8"),
     ],
 )
-def test_clips_that_do_not_fit(pipeline, clips, config, changes, words):
+def test_clips_that_do_not_fit(pipeline, clips, config, changes, words, tmp_path):
     values = {"height": 32, "width": 32, "frames": 9, "steps": 4, "guidance": 5.0, "text_tokens": 32, **changes}
     with pytest.raises(Hif4Error, match=words):
-        calls_from_clips(pipeline, clips, SamplingSettings(**values), config)
+        calls_from_clips(pipeline, clips, SamplingSettings(**values), config, tmp_path)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".webm"])
@@ -373,14 +369,14 @@ def test_a_file_that_is_no_video(pipeline, config, tmp_path, suffix, content):
     path = tmp_path / f"bad{suffix}"
     path.write_bytes(content)
     with pytest.raises(Hif4Error, match=rf"bad\{suffix}: cannot be read as a video"):
-        calls_from_clips(pipeline, [ClipFile(path, "a")], SETTINGS, config, limit=1)
+        calls_from_clips(pipeline, [ClipFile(path, "a")], SETTINGS, config, tmp_path, limit=1)
 
 
 def test_a_truncated_video(pipeline, config, folder, tmp_path):
     path = tmp_path / "cut.mp4"
     path.write_bytes((folder / "a.mp4").read_bytes()[:2000])
     with pytest.raises(Hif4Error, match=r"cut\.mp4: (cannot be read as a video|has \d frames)"):
-        calls_from_clips(pipeline, [ClipFile(path, "a")], SETTINGS, config, limit=1)
+        calls_from_clips(pipeline, [ClipFile(path, "a")], SETTINGS, config, tmp_path, limit=1)
 
 
 def test_folders_without_clips(folder, tmp_path):
