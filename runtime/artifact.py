@@ -7,7 +7,9 @@ import json
 import math
 import os
 import stat
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from hif4c.runtime.components import EXPERT_NAMES, PIPELINE_CLASSES, is_artifact_file
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.graph import DTYPES, Graph, InputType, decode
-from hif4c.runtime.safetensors_stream import TensorFile
+from hif4c.runtime.stored_weights import StoredWeights
 
 __all__ = [
     "FORMAT_VERSION",
@@ -40,9 +42,7 @@ MAX_TIMESTEP = 1000.0
 VARIANTS = ("bf16",)
 """Programs that an expert may have beside its main one, over the same weights: "bf16" has activations in bf16."""
 
-_CHUNK = 8 << 20
-# A stored dtype that is narrower than the graph's but converts to it exactly.
-_EXACT = {(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.float64)}
+_CHUNK = 1 << 20
 
 Progress = Callable[[str, int], None]
 
@@ -102,14 +102,26 @@ class Artifact:
 
         Args:
             prefix: "" for all, or a folder such as "transformer/".
-            progress: called with (file, bytes read) as it goes.
+            progress: called with (file, bytes read) as it goes, from other threads, one call after the other.
         """
-        for relative, (_, expected) in self.files.items():
-            if relative.startswith(prefix) and sha256_file(self.root / relative, progress) != expected:
-                raise Hif4Error(
-                    f"{self.root / relative}: its content does not match the manifest; the file was damaged or "
-                    "changed, copy the artifact again."
-                )
+        chosen = [relative for relative in self.files if relative.startswith(prefix)]
+        lock = threading.Lock()
+
+        def one_at_a_time(name: str, count: int) -> None:
+            with lock:
+                if progress is not None:
+                    progress(name, count)
+
+        # hashlib lets other threads run. What was read stays in the page cache: it is about to be used.
+        with ThreadPoolExecutor(min(len(chosen), os.cpu_count() or 1) or 1) as pool:
+            digests = pool.map(lambda relative: sha256_file(self.root / relative, one_at_a_time), chosen)
+            for relative, digest in zip(chosen, digests, strict=True):
+                if digest != self.files[relative][1]:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise Hif4Error(
+                        f"{self.root / relative}: its content does not match the manifest; the file was damaged or "
+                        "changed, copy the artifact again."
+                    )
         for path in sorted(self.root.rglob("*")):
             relative = path.relative_to(self.root).as_posix()
             if (
@@ -140,33 +152,18 @@ class Artifact:
             raise Hif4Error(f"{path}: is larger than {MAX_GRAPH_BYTES} bytes, which no program is.")
         return decode(path.read_bytes(), str(path))
 
-    def tensors(self, expert: str, wanted: list[InputType]) -> dict[str, torch.Tensor]:
+    def tensors(self, expert: str, wanted: list[InputType]) -> StoredWeights:
         """Map an expert's tensors: zero-copy views of the files, except where the program computes in a wider dtype.
 
         Raises:
             Hif4Error: a tensor is missing, left over, or of another shape or dtype than the program states.
         """
         shards = [name for name in self.files if name.startswith(f"{expert}/") and name.endswith(".safetensors")]
-        files = [TensorFile(self.path(name)) for name in shards]
-        places = {name: file for file in files for name in file.names}
-        names = {item.name for item in wanted}
-        if names != places.keys():
-            odd = sorted(names ^ places.keys())
-            raise Hif4Error(f"{self.root / expert}: program and weights disagree about {', '.join(odd[:3])}.")
-        return {item.name: _read(places[item.name], item) for item in wanted}
+        return StoredWeights([self.path(name) for name in shards], wanted, self.root / expert)
 
 
 def _graph_name(expert: str, variant: str | None) -> str:
     return f"{expert}/graph.json" if variant is None else f"{expert}/graph.{variant}.json"
-
-
-def _read(file: TensorFile, item: InputType) -> torch.Tensor:
-    stored, shape = file.info(item.name)
-    dtype = DTYPES[item.type.dtype]
-    if shape != item.type.shape or (stored != dtype and (stored, dtype) not in _EXACT):
-        raise Hif4Error(f"{file.path}: {item.name} is {stored} {list(shape)}, but the program reads {item.type}.")
-    tensor = file.read(item.name)
-    return tensor if stored == dtype else tensor.to(dtype)
 
 
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:
@@ -227,13 +224,13 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 def sha256_file(path: Path, progress: Progress | None = None) -> str:
     """sha256 of a file, read in pieces."""
-    result = hashlib.sha256()
+    result, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK))
     try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                result.update(chunk)
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(chunk):
+                result.update(chunk[:count])
                 if progress is not None:
-                    progress(path.name, len(chunk))
+                    progress(path.name, count)
     except OSError as error:
         raise Hif4Error(f"{path}: cannot be read ({error.strerror}).") from None
     return result.hexdigest()

@@ -14,6 +14,7 @@ That leaves room for a wrong operator (one activation or norm of many moves the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,16 +103,28 @@ def make_golden(model: CompiledTransformer) -> dict[str, torch.Tensor]:
     tokens = FRAMES * PATCH_ROWS * PATCH_COLUMNS
     timestep = torch.full((1, tokens) if model.expand_timesteps else (1,), TIMESTEP)
     text = torch.randn(1, TEXT, config.text_dim, generator=generator).to(model.dtype)
-    sample = model(video, timestep, text, return_dict=False)[0]
+    linears = _linears(model)
+    row = torch.randn(max((_features(model, node) for node in linears), default=64), generator=generator)
+    row = row.to(torch.bfloat16)
+    alone: dict[str, torch.Tensor] = {}
+
+    def record(number: int, arguments: tuple[Any, ...], result: Any) -> None:
+        node = model.graph.nodes[number]
+        if node.target in PLANES:
+            x = _input(model, node, row)
+            side = _side(model, node, x)
+            if side is not None:
+                alone[f"side.{node.module}"] = side
+            alone[f"linear.{node.module}"] = _run_linear(model, node, x, side)
+
+    sample = _call(model, [video, timestep, text], record)
     nudged = torch.nextafter(video, torch.full_like(video, torch.inf))
-    moved = model(nudged, timestep, text, return_dict=False)[0]
+    moved = _call(model, [nudged, timestep, text])
     if not (torch.isfinite(sample).all() and torch.isfinite(moved).all()):
         raise Hif4Error(
             "the compiled expert gives NaN or infinite values on the golden inputs; check the checkpoint's weights, "
             "or compile without golden outputs."
         )
-    widths = [_features(model, node) for node in _linears(model)]
-    row = torch.randn(max(widths, default=64), generator=generator).to(torch.bfloat16)
     codes, scales = torch.ops.hif4.quantize(row)
     golden = {
         "hidden_states": video,
@@ -122,13 +135,8 @@ def make_golden(model: CompiledTransformer) -> dict[str, torch.Tensor]:
         "row": row,
         "row.codes": codes,
         "row.scales": scales,
+        **alone,
     }
-    for node in _linears(model):
-        x = _input(model, node, row)
-        side = _side(model, node, x)
-        if side is not None:
-            golden[f"side.{node.module}"] = side
-        golden[f"linear.{node.module}"] = _run_linear(model, node, x, side)
     return {name: value.contiguous() for name, value in golden.items()}
 
 
@@ -141,19 +149,26 @@ def replay(model: CompiledTransformer, golden: dict[str, torch.Tensor]) -> Repla
     try:
         device = model.device
         inputs = [golden[name].to(device) for name in ("hidden_states", "timestep", "encoder_hidden_states")]
-        distance = _distance(model(*inputs, return_dict=False)[0].cpu(), golden["sample"])
+        linears: dict[str, tuple[float, float]] = {}
+        operators = _OperatorCheck(model)
+
+        def compare(number: int, arguments: tuple[Any, ...], result: Any) -> None:
+            operators.compare(number, arguments, result)
+            node = model.graph.nodes[number]
+            if node.target in PLANES:
+                linears[node.module] = _replay_linear(model, node, golden)
+
+        distance = _distance(_call(model, inputs, compare).cpu(), golden["sample"])
         row = golden["row"]
         codes, scales = torch.ops.hif4.quantize(row.to(device))
         differ = int((codes.cpu() != golden["row.codes"]).sum() + (scales.cpu() != golden["row.scales"]).sum())
-        linears = {node.module: _replay_linear(model, node, golden) for node in _linears(model)}
         errors = {path: max(error, off if off > SIDE_ERROR else 0.0) for path, (error, off) in linears.items()}
         worst = max(errors, key=lambda path: errors[path], default="")
         error = errors.get(worst, 0.0)
         side_error = max((off for _, off in linears.values()), default=0.0)
         flip = float(golden["flip_distance"])
-        operators = _operator_errors(model, inputs)
-        operator = max(operators, key=lambda name: operators[name], default="")
-        off = operators.get(operator, 0.0)
+        operator = max(operators.errors, key=lambda name: operators.errors[name], default="")
+        off = operators.errors.get(operator, 0.0)
         return Replay(
             differ, len(errors), error, worst if error else "", distance, flip, side_error, off, operator if off else ""
         )
@@ -174,36 +189,47 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(error / expected.double().norm()) if error else 0.0
 
 
-def _operator_errors(model: CompiledTransformer, inputs: list[torch.Tensor]) -> dict[str, float]:
-    """Operator and module -> distance of its result from what its portable definition makes of the same arguments.
+def _call(
+    model: CompiledTransformer,
+    inputs: list[torch.Tensor],
+    see: Callable[[int, tuple[Any, ...], Any], None] = lambda number, arguments, result: None,
+) -> torch.Tensor:
+    """The main program's output, and `see` as in `Executor.visit`."""
+    video, timestep, text = inputs
+    (sample,) = model.executor.visit((video.to(model.dtype), timestep.to(torch.float32), text.to(model.dtype)), see)
+    return sample
+
+
+class _OperatorCheck:
+    """Compares what 4-bit operators give with what their portable definitions make of the same arguments.
 
     Of each kind of node (operator, shapes and dtypes of the arguments) the first: kernels know no other difference.
+    `errors`: operator and module -> distance.
     """
-    video, timestep, text = inputs
-    given = (video.to(model.dtype), timestep.to(torch.float32), text.to(model.dtype))
-    executor, first = model.executor, model.graph.first_node
-    values = [*given, *executor.tensors, *executor.trace(*given)]
-    errors: dict[str, float] = {}
-    known = set()
-    for number, node in enumerate(model.graph.nodes):
+
+    def __init__(self, model: CompiledTransformer) -> None:
+        self.errors: dict[str, float] = {}
+        self._nodes = model.graph.nodes
+        self._known: set[Any] = set()
+
+    def compare(self, number: int, arguments: tuple[Any, ...], result: Any) -> None:
+        """Look at one node that has run."""
+        node = self._nodes[number]
         namespace, _, name = node.target.partition(".")
         if namespace != NAMESPACE:
-            continue
-        arguments = [values[item.index] if isinstance(item, Ref) else item for item in node.args]
+            return
         shapes = [(item.shape, item.dtype) if isinstance(item, torch.Tensor) else item for item in arguments]
         kind = (name, tuple(shapes), tuple(node.kwargs.items()))
-        if kind in known:
-            continue
-        known.add(kind)
-        with torch.no_grad():
-            expected = PORTABLE[name](
-                *(item.cpu() if isinstance(item, torch.Tensor) else item for item in arguments), **node.kwargs
-            )
+        if kind in self._known:
+            return
+        self._known.add(kind)
+        expected = PORTABLE[name](
+            *(item.cpu() if isinstance(item, torch.Tensor) else item for item in arguments), **node.kwargs
+        )
         # A module may have operators of several kinds.
         where = f"{node.target} of {node.module}"
-        distance = _distance(_decoded(values[first + number]), _decoded(expected))
-        errors[where] = max(errors.get(where, 0.0), distance)
-    return errors
+        distance = _distance(_decoded(result), _decoded(expected))
+        self.errors[where] = max(self.errors.get(where, 0.0), distance)
 
 
 def _decoded(value: Any) -> torch.Tensor:
