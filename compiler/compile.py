@@ -16,6 +16,7 @@ from hif4c.compiler.calibration_run import CalibrationOptions, run_calibration
 from hif4c.compiler.checkpoint import Checkpoint
 from hif4c.compiler.compile_inputs import WEIGHTS, check_inputs, describe_inputs
 from hif4c.compiler.components import copy_components
+from hif4c.compiler.disk_space import check_disk, compile_disk, recorded_tokens
 from hif4c.compiler.experts import DTYPE, Events, ExpertBuilder
 from hif4c.compiler.journal import run_on_first
 from hif4c.compiler.kernels import build_kernels, check_targets, trust_built_kernels
@@ -102,6 +103,8 @@ def compile_model(
             checkpoints = stack.enter_context(_opened(location, options))
             settings = {name: getattr(options, name) for name in ("components", "golden", "targets")}
             inputs = describe_inputs(location, checkpoints, options.recipes, options.calibration, settings)
+            if ranks.first and not os.path.lexists(target):
+                _check_disk(target, location, plans, options)
         unfinished = stack.enter_context(
             partial_directory(
                 target, inputs, resume=options.resume, ranks=ranks, say=partial(events, "step"),
@@ -117,6 +120,22 @@ def compile_model(
         if ranks.first:
             trust_built_kernels(open_artifact(target), events)
     return target
+
+
+def _check_disk(
+    target: Path, location: ModelLocation, plans: Mapping[str, ExpertPlan], options: CompileOptions
+) -> None:
+    """Refuse what does not fit on the disk; what an unfinished compile has left there counts."""
+    tokens = {}
+    if options.calibration is not None and any(recipe.rounding == "gptq" for recipe in options.recipes.values()):
+        with Calibration(options.calibration) as calibration:
+            known = {name: calibration.experts[name] for name in plans if name in calibration.experts}
+            tokens = {name: recorded_tokens(expert, location.configs[name]) for name, expert in known.items()}
+    copied = options.components == "copy" and location.layout == "diffusers"
+    needs = compile_disk(
+        plans, options.recipes, components=location.root if copied else None, targets=options.targets, tokens=tokens
+    )
+    check_disk(target, needs, doing="compiling")
 
 
 @dataclass(frozen=True)

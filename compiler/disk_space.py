@@ -34,8 +34,7 @@ __all__ = [
 
 GOLDEN_BYTES = 1 << 20
 """Golden outputs of one block, at most: they are of one small call, and do not grow with the model's width."""
-KERNEL_BYTES = {"portable": 0, "cpu": 1 << 20}
-GPU_KERNEL_BYTES = 16 << 20
+CPU_KERNEL_BYTES, GPU_KERNEL_BYTES = 1 << 20, 16 << 20
 """Compiled kernels of one target, generously."""
 MEMORY_BUDGET = 2 << 30
 """Of such values this much stays in memory and needs no disk."""
@@ -68,7 +67,7 @@ def compile_disk(
             planes += sum(linear.plane_bytes for linear in quantized)
             waiting = waiting_bytes(plan) * (tokens or {}).get(name, 0)
             values = max(values, waiting - MEMORY_BUDGET)  # experts come one after the other
-    kernels = sum(KERNEL_BYTES.get(target, GPU_KERNEL_BYTES) for target in targets)
+    kernels = sum(CPU_KERNEL_BYTES if target == "cpu" else GPU_KERNEL_BYTES for target in targets)
     needs = {
         "weights": weights,
         "golden outputs and kernels": blocks * GOLDEN_BYTES + kernels,

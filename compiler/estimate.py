@@ -8,13 +8,13 @@ page is in memory already, how well the steps overlap, what else the machine doe
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hif4c.compiler.disk_space import MEMORY_BUDGET
 from hif4c.compiler.machine_rates import MachineRates
 from hif4c.compiler.models import WanConfig
-from hif4c.compiler.plan import ExpertPlan, PlannedLinear
+from hif4c.compiler.plan import ExpertPlan, PlannedLinear, make_plan
 from hif4c.compiler.recipe import SEARCH, Recipe
 
 __all__ = [
@@ -128,6 +128,11 @@ def estimate_compile(
     if components:
         seconds = components / rates.read + components / rates.write
         steps.append(Step("copy the rest of the pipeline", seconds, components, components))
+    checked = [work for work in works if work.measured]
+    if checked:
+        read = sum(work.stored_bytes for work in checked)
+        seconds = max(read / rates.read, read / rates.hash / rates.cores)
+        steps.append(Step("compare the weights with the calibration", seconds, read))
     chosen = [work for work in works if work.recipe.needs_calibration]
     if chosen:
         read = sum(work.stored_bytes for work in chosen)
@@ -172,7 +177,7 @@ def _pack(work: Workload, rates: MachineRates) -> float:
 def _choose(work: Workload, rates: MachineRates) -> float:
     """Every weight is read for its channels' maxima; masks and errors are tried on some rows of it."""
     seconds = work.stored_bytes / min(rates.scan, rates.read)
-    for readers, channels in groups(work):
+    for readers, channels in groups(work.plan.linears):
         tried = min(readers, _SEARCH_READERS) if work.recipe.alpha == SEARCH else 0
         outputs = _SEARCH_OUTPUTS * (_SEARCH_TRIES * tried + 2 * readers)
         rows = _ROWS * (_SEARCH_TRIES if tried else 1)
@@ -185,7 +190,7 @@ def _solve(work: Workload, rates: MachineRates) -> float:
     """Hessians of all inputs, GPTQ of all weights, and the program itself over the recorded calls."""
     tokens = sum(work.calls)
     operations: float = sum(forward_operations(work.config, count) for count in work.calls)
-    operations += sum(2 * tokens * channels**2 for _, channels in groups(work))
+    operations += sum(2 * tokens * channels**2 for _, channels in groups(work.plan.linears))
     for linear in work.quantized:
         n, k = linear.out_features, linear.in_features
         # The factorization is in float64, at half the speed.
@@ -194,10 +199,12 @@ def _solve(work: Workload, rates: MachineRates) -> float:
     return operations / rates.multiply + 2 * work.elements / rates.search + work.stored_bytes / rates.read
 
 
-def groups(work: Workload) -> list[tuple[int, int]]:
+def groups(linears: Sequence[PlannedLinear]) -> list[tuple[int, int]]:
     """(readers, channels) of every quantized input: queries, keys and values of self-attention share one."""
     count: dict[str, tuple[int, int]] = {}
-    for linear in work.quantized:
+    for linear in linears:
+        if not linear.decision.quantized:
+            continue
         path = linear.decision.path
         if path.endswith(("attn1.to_k", "attn1.to_v")):
             path = path[:-1] + "q"
@@ -276,9 +283,9 @@ def estimate_calibration(
     read = sum(work.stored_bytes for work in works)
     forward = forward_operations(works[0].config, load.tokens) / rates.multiply16
     clips = load.calls * load.batch
-    channels = sum(channels for work in works for _, channels in groups(work))
+    channels = sum(channels for work in works for _, channels in groups(work.plan.linears))
     running = clips * (len(works) * forward + load.tokens * channels / rates.count) + read / rates.read
-    file = sum(_calibration_bytes(work) for work in works)
+    file = sum(_calibration_bytes(work.config) for work in works)
     steps = [
         Step("start, trace the model", (_START + _CAPTURE * traced) / rates.loops),
         Step("run, count activations", running + 2 * file / rates.write, read, 2 * file),
@@ -289,11 +296,15 @@ def estimate_calibration(
     return steps
 
 
-def calibration_disk(workloads: Mapping[str, Workload], load: CalibrationLoad) -> dict[str, int]:
-    """What a calibration writes, for `check_disk`: its parts, the file, and values that wait."""
-    file = sum(_calibration_bytes(work) for work in workloads.values())
-    tokens = load.tokens * load.calls * load.batch
-    waiting = max(2 * work.config.inner_dim * tokens for work in workloads.values()) - MEMORY_BUDGET
+def calibration_disk(configs: Mapping[str, WanConfig], tokens: int) -> dict[str, int]:
+    """What a calibration writes, for `check_disk`: its parts, the file, and values that wait.
+
+    Args:
+        configs: of the experts.
+        tokens: of all recorded calls of an expert.
+    """
+    file = sum(_calibration_bytes(config) for config in configs.values())
+    waiting = max(2 * config.inner_dim * tokens for config in configs.values()) - MEMORY_BUDGET
     needs = {"the file and its parts": 2 * file, "activations on the way": waiting}
     return {name: count for name, count in needs.items() if count > 0}
 
@@ -309,9 +320,10 @@ def calibration_memory(workloads: Mapping[str, Workload], load: CalibrationLoad,
     return _BASE_MEMORY + call + max(running, sampling)
 
 
-def _calibration_bytes(work: Workload) -> int:
+def _calibration_bytes(config: WanConfig) -> int:
     """Histograms and rows of every group, at most."""
-    return sum(channels for _, channels in groups(work)) * (_BINS * _BIN_BYTES + _ROW_BYTES)
+    linears = make_plan(config, Recipe("calibration")).linears
+    return sum(channels for _, channels in groups(linears)) * (_BINS * _BIN_BYTES + _ROW_BYTES)
 
 
 def latent_tokens(config: WanConfig, height: int, width: int, frames: int) -> int:

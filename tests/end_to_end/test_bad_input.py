@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -264,11 +265,31 @@ def test_parents_that_were_made_are_removed_again(model, refusal, tmp_path):
     assert not (tmp_path / "results" / "a").exists()
 
 
-def test_a_full_disk(model, refusal, monkeypatch):
+def test_a_full_disk(model, refusal, monkeypatch, tmp_path):
+    """Known before anything is made."""
     usage = SimpleNamespace(total=10**9, used=10**9 - 1000, free=1000)
-    monkeypatch.setattr("hif4c.runtime.safetensors_stream.shutil.disk_usage", lambda path: usage)
-    message = refusal(model)
-    assert "bytes are needed and 1000 are free" in message
+    monkeypatch.setattr("hif4c.compiler.disk_space.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr(compile_module, "partial_directory", None)
+    target = tmp_path / "results" / "out"
+    message = refusal(model, output=target)
+    assert re.fullmatch(
+        rf"{target}: compiling needs .* MB of disk there \(.*\) and 1\.0 kB are free in {target.parent}; free some, or "
+        r"choose another place\.",
+        message,
+    )
+
+
+def test_a_full_disk_that_an_unfinished_compile_has_filled(model, refusal, monkeypatch, tmp_path):
+    """What is there already is not needed again: the compile goes on to what stops it next, here a missing --resume."""
+    usage = SimpleNamespace(total=10**9, used=10**9 - 10**6, free=10**6)
+    monkeypatch.setattr("hif4c.compiler.disk_space.shutil.disk_usage", lambda path: usage)
+    target = tmp_path / "results" / "out"
+    assert "of disk there" in refusal(model, output=target)
+    unfinished = target.parent / ".out.partial" / "artifact"
+    unfinished.mkdir(parents=True)
+    (unfinished / "weights").write_bytes(bytes(8_000_000))
+    (unfinished.parent / "inputs.json").write_text("{}")
+    assert "continue it with --resume" in refusal(model, output=target)
 
 
 def test_an_artifact_that_does_not_verify_leaves_nothing(models, captures, tmp_path, monkeypatch):
