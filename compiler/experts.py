@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,7 @@ class ExpertBuilder:
         def measure(mine: list[str]) -> None:
             self._events("total", sum(calibrated[keys[key]].call_count for key in mine))
             for key in mine:
-                expert = load_expert(artifact, keys[key], verify=False)
+                expert = load_expert(artifact, keys[key], verify=False, release=True)
                 found = measure_steps(
                     keys[key], expert, calibrated[keys[key]], lambda count: self._events("bytes", count)
                 )
@@ -169,14 +168,10 @@ class ExpertBuilder:
     ) -> SolvedPlanes:
         """Round the weights whose rounding is "gptq"."""
         self._events("step", f"rounding {name} on its calibration calls (GPTQ)")
-        weights = [str(source.source) for source in program.tensors.values() if source.plane == "codes"]
-        self._events("total", sum(checkpoint.shape(key).numel() * checkpoint.dtype(key).itemsize for key in weights))
-        self._events("unit", "bytes")
+        solved = SolvedPlanes(self._journal, f"gptq/{name}")
         calls = [call for call, _ in used.calls()]
-        folder = self._scratch / name
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        return solve(program, graph, checkpoint, calls, folder, lambda size: self._events("bytes", size))
+        solve(program, graph, checkpoint, calls, solved, self._events, scratch=self._scratch, ranks=self._ranks)
+        return solved
 
     def _transform(self, name: str, choices: Choices, recipe: Recipe) -> Program:
         config = self._location.configs[name]
