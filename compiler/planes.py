@@ -11,6 +11,7 @@ import torch
 
 from hif4c.compiler.checkpoint import Checkpoint
 from hif4c.compiler.gptq import gptq
+from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.compiler.scale_search import search_scales
 from hif4c.compiler.workers import in_order
 from hif4c.passes.program import Program, TensorSource, inverse_mask
@@ -77,6 +78,8 @@ SHIFTED_ROWS = 512
 """Rows of a weight that are in float64 at once."""
 BLOCK_ELEMENTS = 1 << 18
 """Elements of a weight that are in float32 at once: what is made of them stays in the cache of a core."""
+MAPPED_ELEMENTS = 1 << 22
+"""Elements of the checkpoint that are in this process's memory at once."""
 SEARCHED_ELEMENTS = 1 << 24
 """The same where scales are searched, which takes its own blocks of many rows and a few columns."""
 
@@ -115,7 +118,7 @@ class PreparedWeight:
         tensor: the checkpoint's [N, K].
         dtype: what the unquantized program computes in.
         row_mask: [N] float32, None for none.
-        release: called behind every block of rows: the checkpoint's memory of it is not needed for now.
+        release: called now and then behind blocks of rows: the checkpoint's memory of them is not needed for now.
     """
 
     tensor: torch.Tensor
@@ -141,9 +144,13 @@ class PreparedWeight:
     def blocks(self, elements: int = BLOCK_ELEMENTS) -> Iterator[slice]:
         """All rows, some of about so many elements at a time."""
         step = max(1, elements // self.shape[1])
+        kept = 0
         for start in range(0, self.shape[0], step):
             yield slice(start, min(start + step, self.shape[0]))
-            self.release()
+            kept += step * self.shape[1]
+            if kept >= MAPPED_ELEMENTS or start + step >= self.shape[0]:
+                self.release()
+                kept = 0
 
 
 def prepared_weight(
@@ -161,6 +168,7 @@ def make_planes(
     program: Program,
     statistics: InputStatistics | None = None,
     release: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> Planes:
     """Pack a weight as `TensorSource` states: side branch, mask, rotation, rounding.
 
@@ -170,6 +178,7 @@ def make_planes(
         program: with the masks.
         statistics: of its input, for a rounding other than "nearest".
         release: as in `PreparedWeight`.
+        ranks: share the rows for GPTQ; all of them make the same call.
 
     Raises:
         ValueError: the rounding needs statistics and there are none.
@@ -199,11 +208,12 @@ def make_planes(
     if source.rounding == "gptq" and statistics is not None and hessian is not None:
         rotated = _rotated(_whole(weight, inverse, low_rank), source.hadamard)
         damping = min(max(rotated.shape[1] / statistics.tokens, MIN_DAMPING), MAX_DAMPING)
-        codes, scales = gptq(rotated, hessian, damping=damping, name=str(source.source))
+        codes, scales = gptq(rotated, hessian, damping=damping, name=str(source.source), ranks=ranks)
         return {**planes, "codes": codes, "scales": scales}
     shapes = packed_shapes(weight.shape)
     codes, scales = (torch.empty(shape, dtype=torch.uint8) for shape in shapes)
-    for rows in weight.blocks(SEARCHED_ELEMENTS if source.rounding == "search" else BLOCK_ELEMENTS):
+    size = MAPPED_ELEMENTS if low_rank is None and weight.row_mask is None else BLOCK_ELEMENTS
+    for rows in weight.blocks(SEARCHED_ELEMENTS if source.rounding == "search" else size):
         if statistics is not None and source.rounding == "search":
             residual = _residual(weight, rows, inverse, low_rank)
             found = search_scales(_rotated(residual, source.hadamard), statistics.energy)

@@ -6,6 +6,7 @@ written into them later needs no order, and writing it again changes nothing.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from hif4c.runtime.safetensors_layout import TensorSpec, index_name, index_text,
 from hif4c.runtime.safetensors_stream import check_free_space, write_error
 
 __all__ = ["PlacedWriter"]
+
+_PIECE_BYTES = 4 << 20
 
 
 class _Place(NamedTuple):
@@ -61,6 +64,10 @@ class PlacedWriter:
                 self._places[spec.name] = _Place(self._directory / file.name, offset, spec)
                 offset += spec.nbytes
         self._files: dict[Path, int] = {}
+        # Of what this process wrote without a gap from the beginning; `finish` reads the rest.
+        self._hashed = {
+            self._directory / file.name: (hashlib.sha256(file.header), len(file.header)) for file in self._plan
+        }
         self._dirty: set[Path] = set()
         self._left = {name: place.spec.nbytes for name, place in self._places.items()}
 
@@ -118,10 +125,21 @@ class PlacedWriter:
         found = TensorSpec(name, tensor.dtype, tuple(tensor.shape))
         if place is None or place.spec != found:
             raise ValueError(f"expected {'no such tensor' if place is None else place.spec}, got {found}")
+        data = tensor_bytes(tensor)
+        digest, end = self._hashed[place.path]
+        if data and place.offset < end:
+            digest, end = hashlib.sha256(), 0  # written again: all of it is read at the end
         try:
-            _write_at(self._files[place.path], tensor_bytes(tensor), place.offset)
+            for start in range(0, len(data), _PIECE_BYTES):
+                piece = data[start : start + _PIECE_BYTES]
+                _write_at(self._files[place.path], piece, place.offset + start)
+                if place.offset + start == end:
+                    digest.update(piece)
+                    end += len(piece)
         except OSError as error:
+            self._hashed[place.path] = hashlib.sha256(), 0
             raise write_error(place.path, sum(self._left.values()), error) from error
+        self._hashed[place.path] = digest, end
         self._left[name] = 0
         self._dirty.add(place.path)
 
@@ -153,8 +171,8 @@ class PlacedWriter:
                 path.write_text(index_text(self._plan), encoding="utf-8")
             except OSError as error:
                 raise write_error(path, 0, error) from error
-        paths = list(self._files) + ([path] if len(self._plan) > 1 else [])
-        return {path.name: entry for path, entry in hash_files(paths).items()}
+            self._hashed[path] = hashlib.sha256(), 0
+        return {path.name: entry for path, entry in hash_files(self._hashed).items()}
 
     def close(self) -> None:
         """Close the files, as they are."""
@@ -180,5 +198,5 @@ def _reserve(descriptor: int, size: int) -> None:
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
-        written = os.pwrite(descriptor, data[: 16 << 20], offset)
+        written = os.pwrite(descriptor, data, offset)
         data, offset = data[written:], offset + written
