@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from hif4c.runtime.active_expert import ActiveExpert, check_keep
 from hif4c.runtime.artifact import Artifact, open_artifact
 from hif4c.runtime.components import PIPELINE_CLASSES, check_components
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.native import check_word, select
+from hif4c.runtime.offload import check_offload
 from hif4c.runtime.transformer import check_device, load_expert
 
 if TYPE_CHECKING:
@@ -28,8 +30,10 @@ def load_pipeline(
     *,
     base: str | None = None,
     verify: bool = True,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Mapping[str, str | torch.device] = "cpu",
     kernels: str = "auto",
+    keep: str = "both",
+    offload: str = "none",
 ) -> DiffusionPipeline:
     """Load an artifact as a diffusers pipeline with compiled experts.
 
@@ -38,15 +42,22 @@ def load_pipeline(
         base: directory or hub id of the original pipeline, for an artifact that was compiled without its own copy of
             text encoder, tokenizer, VAE and scheduler.
         verify: compare the sha256 of every file with the manifest before anything is used.
-        device: where the pipeline runs.
+        device: where the pipeline runs; or for each expert where it runs, such as {"transformer": "cuda:0",
+            "transformer_2": "cuda:1"}, with the rest of the pipeline on the first one's.
         kernels: as `load`.
+        keep: "both" experts in memory, or "active": only the one that serves the current step. At the switch the other
+            one's memory is given back, on the device or here, and the next one is read from its mapped file.
+        offload: as `load`, for every expert.
 
     Raises:
-        Hif4Error: as `load`; an artifact without a pipeline and no `base`; or one expert of two is missing.
+        Hif4Error: as `load`; an artifact without a pipeline and no `base`; one expert of two is missing, or has no
+            device.
     """
     check_word(kernels)
-    device = check_device(device)
+    check_keep(keep)
+    check_offload(offload)
     artifact = open_artifact(path)
+    devices = _devices(device, artifact)
     model = artifact.manifest["model"]
     missing = [name for name in model["experts"] if name not in artifact.experts]
     if missing:
@@ -54,7 +65,7 @@ def load_pipeline(
             f"{artifact.root}: was compiled without {', '.join(missing)}; a pipeline needs every expert, "
             "use hif4c.runtime.load for a single one."
         )
-    if device.type == "cpu":
+    if any(place.type == "cpu" for place in devices.values()):
         select(kernels, artifact)
     if verify:
         artifact.verify()
@@ -62,9 +73,18 @@ def load_pipeline(
     if base is None:
         check_components(Path(source))
     pipeline = load_components(source, model["pipeline_class"], without_experts=True)
-    experts = {name: load_expert(artifact, name, verify=False, kernels=kernels) for name in artifact.experts}
+    pipeline.to(next(iter(devices.values())))
+    experts = {
+        name: load_expert(artifact, name, verify=False, kernels=kernels, offload=offload) for name in artifact.experts
+    }
+    for name, expert in experts.items():
+        if keep == "active":
+            expert.unload(devices[name])
+        else:
+            expert.to(devices[name])
+    if keep == "active" and len(experts) > 1:
+        ActiveExpert(experts.values())
     pipeline.register_modules(**experts)
-    pipeline.to(device)
     return pipeline
 
 
@@ -113,6 +133,17 @@ def _without_progress_bars() -> Iterator[None]:
     finally:
         for module in shown:
             module.enable_progress_bar()
+
+
+def _devices(
+    device: str | torch.device | Mapping[str, str | torch.device], artifact: Artifact
+) -> dict[str, torch.device]:
+    """Expert -> its device."""
+    if not isinstance(device, Mapping):
+        return dict.fromkeys(artifact.experts, check_device(device))
+    if device.keys() != artifact.experts.keys():
+        raise Hif4Error(f"device: names {', '.join(device) or 'nothing'}; give one for {', '.join(artifact.experts)}.")
+    return {name: check_device(device[name]) for name in artifact.experts}
 
 
 def _components(artifact: Artifact, base: str | None) -> str:

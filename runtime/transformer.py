@@ -128,7 +128,8 @@ class CompiledTransformer(nn.Module):
     def _bind(self, bf16: bool) -> Executor:
         """An executor of one of the two programs, made when it is first needed."""
         if self._unloaded_from is not None:
-            self.to(self._unloaded_from)
+            device, self._unloaded_from = self._unloaded_from, None
+            self.to(device)
         if bf16 not in self._executors:
             graph = self.bf16_graph if bf16 else self.graph
             assert graph is not None
@@ -148,13 +149,16 @@ class CompiledTransformer(nn.Module):
         buffers = dict(self.named_buffers())
         return {name: buffers[buffer_name] for name, buffer_name in self._buffer_names.items()}
 
-    def unload(self) -> None:
+    def unload(self, device: torch.device | None = None) -> None:
         """Give back the memory of the weights, wherever they are; the next call reads them from their files again.
+
+        Args:
+            device: where it runs from then on; None for where it runs now.
 
         Without effect for tensors that are not stored in files.
         """
         if isinstance(self._weights, StoredWeights):
-            device = self.device
+            device = device or self.device
             self._map_again()
             self._unloaded_from = None if device.type == "cpu" else device
             self._weights.release()
