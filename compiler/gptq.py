@@ -6,6 +6,7 @@ import torch
 
 from hif4c.compiler.encode import MAX_Q, element_steps, encode_codes
 from hif4c.compiler.output_error import error_energy
+from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.compiler.scale_search import search_scales, unit_search
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.format import SCALE_BYTES, UNIT, quantize
@@ -15,6 +16,7 @@ __all__ = ["gptq"]
 log = logging.getLogger(__name__)
 
 _BLOCK = 512  # columns between two products over all earlier columns
+_ROWS = 1024  # of a weight at once: they depend on each other in nothing
 _ATTEMPTS = 4  # factorizations, each with ten times the damping of the one before
 
 
@@ -26,6 +28,7 @@ def gptq(
     damping: float = 0.01,
     search: bool = True,
     name: str = "a linear",
+    ranks: Ranks = ALONE,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round a weight to HiF4 so that e H e^T, e = w - what, is small for every row.
 
@@ -39,7 +42,7 @@ def gptq(
     column k is w_k plus that inner sum. It needs one factorization and no inverse. Channels that were always zero
     have no coupling and are rounded to nearest on the grid of their unit.
 
-    Memory besides the arguments, an fp32 Hessian's, at its peak: 12 K^2 bytes, or 4 K^2 + 15 N K where that is more.
+    Memory besides the arguments, an fp32 Hessian's: about 4 K^2 bytes and 16 K for each of 1024 rows.
 
     Args:
         weight: fp32 [N, K], masked and rotated, K a multiple of 64.
@@ -48,6 +51,7 @@ def gptq(
             times, while the factorization fails.
         search: choose each unit's scales by `search_scales` weighted by R_kk^2, instead of by `quantize`.
         name: of the linear, for messages.
+        ranks: share the rows; each has the whole weight and Hessian, and gets the whole result.
 
     Returns:
         codes uint8 [N, K/2] and scales uint8 [N, K/64, 4].
@@ -56,22 +60,31 @@ def gptq(
         Hif4Error: the Hessian is not finite or not positive even with the largest damping.
         ValueError: shapes, dtypes or damping other than these, or a weight that is not finite.
     """
-    _check(weight, hessian, damping)
-    diagonal = hessian.diagonal()
-    mean = float(diagonal.mean(dtype=torch.float64))
-    best = quantize(weight)
-    noise = error_energy(weight, best, hessian)
-    if not bool(noise.isfinite().all()):
-        if not bool(weight.isfinite().all()):
-            raise ValueError(f"{name}: the weight is not finite.")
-        raise Hif4Error(f"{name}: the calibration statistics hold NaN or infinity; calibrate again.")
+    _check(weight, hessian, damping, name)
+    mean = float(hessian.diagonal().mean(dtype=torch.float64))
     if mean == 0:
         log.warning("%s: its input was zero in all of calibration, so GPTQ has nothing to go by.", name)
-        return search_scales(weight) if search else best
-    if search:
-        noise = _keep_best_rows(best, noise, search_scales(weight, diagonal), weight, hessian)
-    _keep_best_rows(best, noise, _feedback(weight, *_factorize(hessian, damping * mean, name), search), weight, hessian)
-    return best
+        return search_scales(weight) if search else quantize(weight)
+    parts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    factor = None
+    with ranks.together():
+        for start in ranks.share(range(0, len(weight), _ROWS)):
+            rows = weight[start : start + _ROWS]
+            best = quantize(rows)
+            noise = error_energy(rows, best, hessian)
+            if not bool(noise.isfinite().all()):
+                raise Hif4Error(f"{name}: the calibration statistics hold NaN or infinity; calibrate again.")
+            if search:
+                noise = _keep_best_rows(best, noise, search_scales(rows, hessian.diagonal()), rows, hessian)
+            factor = factor or _factorize(hessian, damping * mean, name)
+            _keep_best_rows(best, noise, _feedback(rows, *factor, search), rows, hessian)
+            parts[start] = best
+    del factor
+    if ranks.count > 1:
+        for part in ranks.all_gather({start: [plane.cpu() for plane in planes] for start, planes in parts.items()}):
+            parts |= part
+    codes, scales = zip(*(planes for _, planes in sorted(parts.items())), strict=True)
+    return torch.cat(codes).to(weight.device), torch.cat(scales).to(weight.device)
 
 
 def _keep_best_rows(
@@ -89,33 +102,28 @@ def _keep_best_rows(
     return torch.where(rows, found, noise)
 
 
-def _check(weight: torch.Tensor, hessian: torch.Tensor, damping: float) -> None:
+def _check(weight: torch.Tensor, hessian: torch.Tensor, damping: float, name: str) -> None:
     k = weight.shape[-1]
     if weight.dim() != 2 or weight.dtype != torch.float32 or k == 0 or k % UNIT:
         raise ValueError(f"A weight must be fp32 [N, K], K a multiple of {UNIT}, not {weight.dtype} {weight.shape}.")
     if hessian.shape != (k, k) or hessian.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"A Hessian must be fp32 or fp64 [{k}, {k}], not {hessian.dtype} {list(hessian.shape)}.")
+    if not all(bool(edge.isfinite()) for edge in torch.aminmax(weight)):
+        raise ValueError(f"{name}: the weight is not finite.")
     if not damping > 0:
         raise ValueError(f"Damping must be positive, not {damping}.")
 
 
-def _factorize(hessian: torch.Tensor, damping: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(U, d): H + damping = U diag(d) U^T with U unit upper triangular fp32 [K, K], and d [K] fp64."""
-    k = hessian.shape[0]
+def _factorize(hessian: torch.Tensor, damping: float, name: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """(U, d): H + damping = U diag(d) U^T with U unit upper triangular and d [K] fp64.
+
+    U is a list of its columns, fp32 [end, _BLOCK] for each block of them that ends at `end`: what is below is zero.
+    """
     for attempt in range(_ATTEMPTS):
         added = damping * 10**attempt
-        # Lower triangular of the reversed matrix is upper triangular of the matrix. Columns first in memory is what
-        # the factorization wants: it then works in place.
-        reverse = torch.empty((k, k), dtype=torch.float64, device=hessian.device).mT
-        reverse.copy_(hessian.flip(0, 1))
-        reverse.diagonal().add_(added)
-        info = torch.empty((), dtype=torch.int32, device=hessian.device)
-        torch.linalg.cholesky_ex(reverse, out=(reverse, info))
-        pivots = reverse.diagonal().clone()
-        if int(info) == 0 and bool(pivots.isfinite().all()):
-            upper = reverse.div_(pivots).float()
-            del reverse
-            return upper.flip(0, 1), pivots.flip(0).square_()
+        found = _try_to_factorize(hessian, added)
+        if found is not None:
+            return found
         log.warning("%s: its Hessian is not positive with a damping of %.3g; trying ten times that.", name, added)
     raise Hif4Error(
         f"{name}: the Hessian of calibration is not positive definite even with a damping of {added:.3g}; "
@@ -123,8 +131,41 @@ def _factorize(hessian: torch.Tensor, damping: float, name: str) -> tuple[torch.
     )
 
 
+def _try_to_factorize(hessian: torch.Tensor, damping: float) -> tuple[list[torch.Tensor], torch.Tensor] | None:
+    """As `_factorize`, None where the damped matrix is not positive definite.
+
+    In fp64, from the last columns to the first: the library's own factorization would need the whole square twice.
+    """
+    k = hessian.shape[0]
+    starts = range(0, k, _BLOCK)
+    exact = [hessian[: start + _BLOCK, start : start + _BLOCK].double() for start in starts]
+    columns: list[torch.Tensor] = []
+    pivots: list[torch.Tensor] = []
+    for start in reversed(starts):
+        block = exact.pop()
+        corner = block[start:]
+        corner.diagonal().add_(damping)
+        # Lower triangular of the reversed matrix is upper triangular of the matrix.
+        lower, info = torch.linalg.cholesky_ex(corner.flip(0, 1))
+        upper = lower.flip(0, 1)
+        diagonal = upper.diagonal().clone()
+        if int(info) != 0 or not bool(diagonal.isfinite().all()):
+            return None
+        block[start:] = upper
+        if start:
+            above = torch.linalg.solve_triangular(upper.T, block[:start], upper=False, left=False)
+            block[:start] = above
+            for other, earlier in zip(starts, exact, strict=False):
+                end = other + earlier.shape[1]
+                earlier.addmm_(above[:end], above[other:end].T, alpha=-1)
+        columns.insert(0, block.div_(diagonal).float())
+        pivots.insert(0, diagonal.square_())
+        del block, corner
+    return columns, torch.cat(pivots)
+
+
 def _feedback(
-    weight: torch.Tensor, upper: torch.Tensor, pivots: torch.Tensor, search: bool
+    weight: torch.Tensor, upper: list[torch.Tensor], pivots: torch.Tensor, search: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The planes that the columns' successive rounding gives; `upper` and `pivots` from `_factorize`."""
     n, k = weight.shape
@@ -132,15 +173,15 @@ def _feedback(
     error = torch.empty_like(columns)
     codes = torch.empty((n, k // 2), dtype=torch.uint8, device=weight.device)
     scales = torch.empty((n, k // UNIT, SCALE_BYTES), dtype=torch.uint8, device=weight.device)
-    for block in range(0, k, _BLOCK):
+    for block, coupled in zip(range(0, k, _BLOCK), upper, strict=True):
         end = min(block + _BLOCK, k)
         # Targets: weights plus what the errors so far ask of them.
-        target = torch.addmm(columns[block:end], upper[:block, block:end].T, error[:block])
+        target = torch.addmm(columns[block:end], coupled[:block].T, error[:block])
         for start in range(block, end, UNIT):
-            unit = slice(start, start + UNIT)
-            base = target[start - block : start - block + UNIT]
-            base = base.addmm_(upper[block:start, unit].T, error[block:start])
-            coupling = upper[unit, unit]
+            unit, inside = slice(start, start + UNIT), slice(start - block, start - block + UNIT)
+            base = target[inside]
+            base = base.addmm_(coupled[block:start, inside].T, error[block:start])
+            coupling = coupled[unit, inside]
             # Where the unit's columns would go if they stayed unrounded: e' U = -(base - w) within the unit.
             free = columns[unit] + torch.linalg.solve_triangular(
                 coupling.T, base - columns[unit], upper=False, unitriangular=True

@@ -1,6 +1,5 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -10,6 +9,7 @@ from safetensors.torch import load_file
 from hif4c.compiler import solve as solve_module
 from hif4c.compiler.calibration import Calibration
 from hif4c.compiler.emit import to_graph
+from hif4c.compiler.journal import Journal
 from hif4c.compiler.output_error import error_energy
 from hif4c.compiler.pack import write_weights
 from hif4c.compiler.planes import InputStatistics, Planes, make_planes, prepared_weight
@@ -50,7 +50,7 @@ class Solution:
         planes: what it kept.
         outputs: of the program, for every call.
         seen: checkpoint tensor -> its source and statistics as they were rounded with.
-        read: bytes that progress was told.
+        told: events, those that count added up.
     """
 
     program: Program
@@ -58,20 +58,21 @@ class Solution:
     planes: SolvedPlanes
     outputs: list[torch.Tensor]
     seen: dict[str, tuple[TensorSource, InputStatistics]]
-    read: int
+    told: dict[str, int | str]
 
 
-def run(calibrated, recipe: Recipe, folder: Path) -> Solution:
+def run(calibrated, recipe: Recipe, journal: Journal, **options) -> Solution:
     program = calibrated.program(recipe)
     graph = to_graph(program)
-    seen, outputs, read = {}, [], []
+    seen, outputs, told = {}, [], {}
 
-    def watched_planes(
-        source: TensorSource, tensor: torch.Tensor, program: Program, statistics: InputStatistics
-    ) -> Planes:
+    def record(event: str, value) -> None:
+        told[event] = told.get(event, 0) + value if event in ("bytes", "skipped") else value
+
+    def watched_planes(source: TensorSource, tensor, program, statistics=None, *arguments, **keywords) -> Planes:
         assert source.source not in seen
         seen[source.source] = (source, statistics)
-        return make_planes(source, tensor, program, statistics)
+        return make_planes(source, tensor, program, statistics, *arguments, **keywords)
 
     def watched_run(*arguments, **keywords):
         outputs.extend(original(*arguments, **keywords)[0])
@@ -81,15 +82,16 @@ def run(calibrated, recipe: Recipe, folder: Path) -> Solution:
         mock.patch.object(solve_module, "make_planes", watched_planes),
         mock.patch.object(solve_module, "interpret", watched_run),
     ):
-        planes = solve(program, graph, calibrated.checkpoint, calibrated.calls, folder, read.append)
-    return Solution(program, graph, planes, outputs, seen, sum(read))
+        planes = SolvedPlanes(journal, "gptq")
+        solve(program, graph, calibrated.checkpoint, calibrated.calls, planes, record, **options)
+    return Solution(program, graph, planes, outputs, seen, told)
 
 
 @pytest.fixture(scope="module")
 def solution(calibrated, tmp_path_factory: pytest.TempPathFactory) -> Solution:
     folder = tmp_path_factory.mktemp("solved")
     (folder / "mine.toml").write_text(RECIPE)
-    return run(calibrated, load_recipe(str(folder / "mine.toml")), folder)
+    return run(calibrated, load_recipe(str(folder / "mine.toml")), Journal())
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +166,8 @@ def test_the_artifact_holds_the_solved_planes_and_computes_the_same(solution, ar
     expert = load_expert(artifact, "transformer").variant(None)
     for call, output in zip(calibrated.calls, solution.outputs, strict=True):
         assert torch.equal(expert(*call.inputs, return_dict=False)[0], output)
-    assert solution.read == sum(calibrated.weight(name.removesuffix(".weight")).nbytes for name in solution.seen)
+    nbytes = sum(calibrated.weight(name.removesuffix(".weight")).nbytes for name in solution.seen)
+    assert solution.told == {"total": nbytes, "unit": "bytes", "bytes": nbytes}
     assert solution.planes.get("proj_out.weight") is None
 
 
@@ -186,9 +189,7 @@ def test_no_linear_is_worse_than_nearest_on_its_calibration(solution, calibrated
 def test_side_branches_are_made_when_the_input_is_known(calibrated, tmp_path, activations):
     """The branch reads its factor before the 4-bit linear does, and the residual needs the Hessian by then."""
     recipe = Recipe("branches", activations=activations, rank=2, rounding="gptq")
-    folder = tmp_path / "planes"
-    folder.mkdir()
-    solution = run(calibrated, recipe, folder)
+    solution = run(calibrated, recipe, Journal())
     (tmp_path / "file").mkdir()
     write_weights(solution.program, calibrated.checkpoint, tmp_path / "file", solved=solution.planes.get)
     tensors = load_file(tmp_path / "file" / "weights.safetensors")
@@ -202,16 +203,14 @@ def test_side_branches_are_made_when_the_input_is_known(calibrated, tmp_path, ac
         assert torch.equal(executor(*call.inputs)[0], output)
 
 
-def test_only_weights_that_ask_for_it_are_solved_with_statistics(calibrated, tmp_path):
-    """The others are packed as they are, so that the program can run."""
+def test_only_weights_that_ask_for_it_are_solved(calibrated):
+    """The others are packed as they are, so that the program can run, and not kept."""
     recipe = Recipe("plain", keep_high=("blocks.1.*",))
-    solution = run(calibrated, recipe, tmp_path)
+    solution = run(calibrated, recipe, Journal())
     assert len(solution.seen) == 10
     assert all(statistics is None for _, statistics in solution.seen.values())
-    codes, scales = quantize(calibrated.weight("blocks.0.attn1.to_q"))
-    planes = solution.planes.get("blocks.0.attn1.to_q.weight")
-    assert torch.equal(planes["codes"], codes)
-    assert torch.equal(planes["scales"], scales)
+    assert solution.planes.get("blocks.0.attn1.to_q.weight") is None
+    assert solution.told == {"total": 0, "unit": "bytes"}
 
 
 def test_steps_are_measured_with_both_programs(artifact, calibrated):
