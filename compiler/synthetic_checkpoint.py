@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ import torch
 
 from hif4c.compiler.amounts import format_bytes
 from hif4c.compiler.capture import build_transformer
+from hif4c.compiler.disk_space import check_disk
 from hif4c.compiler.locate import ModelDescription, describe_model
 from hif4c.compiler.models import EXPERT_NAMES, PipelineConfig, WanConfig
 from hif4c.compiler.staging import staged_directory
@@ -27,7 +27,15 @@ from hif4c.compiler.wan_names import to_original_name
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.safetensors_stream import StreamingWriter, TensorSpec
 
-__all__ = ["DTYPES", "LAYOUTS", "CheckpointOptions", "checkpoint_bytes", "make_checkpoint", "write_expert"]
+__all__ = [
+    "DTYPES",
+    "LAYOUTS",
+    "CheckpointOptions",
+    "checkpoint_bytes",
+    "chosen_configs",
+    "make_checkpoint",
+    "write_expert",
+]
 
 LAYOUTS = ("diffusers", "wan")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -85,14 +93,15 @@ def make_checkpoint(
         Hif4Error: no such model, layout or expert, too little disk, or writing failed.
     """
     description = describe_model(model) if isinstance(model, str) else model
-    configs = _chosen_configs(description, options)
+    configs = chosen_configs(description, options.experts, options.layers)
     if options.layout not in LAYOUTS:
         raise Hif4Error(f"layout {options.layout!r}: choose one of {', '.join(LAYOUTS)}.")
     if options.components and options.layout != "diffusers":
         raise Hif4Error("the rest of a pipeline is written in diffusers' layout only; leave it out, or the layout.")
     sizes = {name: checkpoint_bytes(config, options.dtype) for name, config in configs.items()}
+    needs = {f"of {name}": size for name, size in sizes.items()}
+    check_disk(directory, needs | ({"of the rest": _COMPONENT_BYTES} if options.components else {}), doing="writing it")
     with staged_directory(directory, "writing the checkpoint") as staging:
-        _check_free_space(directory, sum(sizes.values()) + (_COMPONENT_BYTES if options.components else 0))
         pipeline = description.pipeline
         for name, config in configs.items():
             events("step", f"writing {name} ({format_bytes(sizes[name])})")
@@ -111,6 +120,21 @@ def make_checkpoint(
             _write_json(staging / "model_index.json", _model_index(pipeline, list(configs), components))
         os.rename(staging, directory)
     return sizes
+
+
+def chosen_configs(
+    description: ModelDescription, experts: Sequence[str] | None, layers: int | None
+) -> dict[str, WanConfig]:
+    """The configurations of a model's experts, all or some, with its own number of layers or another; or Hif4Error."""
+    names = experts or tuple(description.configs)
+    if unknown := [name for name in names if name not in description.configs]:
+        raise Hif4Error(f"{description.source} has no expert {unknown[0]!r}; it has {', '.join(description.configs)}.")
+    configs = {name: config for name, config in description.configs.items() if name in names}
+    if layers is None:
+        return configs
+    if layers < 1:
+        raise Hif4Error(f"layers {layers}: must be at least 1.")
+    return {name: replace(config, num_layers=layers) for name, config in configs.items()}
 
 
 def write_expert(
@@ -155,18 +179,6 @@ def checkpoint_bytes(config: WanConfig, dtype: torch.dtype = torch.bfloat16) -> 
 @cache
 def _parameters(config: WanConfig) -> Mapping[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in build_transformer(config).named_parameters()}
-
-
-def _chosen_configs(description: ModelDescription, options: CheckpointOptions) -> dict[str, WanConfig]:
-    names = options.experts or tuple(description.configs)
-    if unknown := [name for name in names if name not in description.configs]:
-        raise Hif4Error(f"{description.source} has no expert {unknown[0]!r}; it has {', '.join(description.configs)}.")
-    configs = {name: config for name, config in description.configs.items() if name in names}
-    if options.layers is None:
-        return configs
-    if options.layers < 1:
-        raise Hif4Error(f"layers {options.layers}: must be at least 1.")
-    return {name: replace(config, num_layers=options.layers) for name, config in configs.items()}
 
 
 def _made_ahead(
@@ -223,15 +235,6 @@ def _model_index(pipeline: PipelineConfig, experts: Sequence[str], components: M
         **{name: entry if name in experts else [None, None] for name in EXPERT_NAMES},
         **components,
     }
-
-
-def _check_free_space(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory.parent).free
-    if free < needed:
-        raise Hif4Error(
-            f"{directory}: {format_bytes(needed)} are needed and {format_bytes(free)} are free; free some space, or "
-            "write fewer layers or experts."
-        )
 
 
 def _drop_pages(folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hif4c.tools.console import MAX_SEED, console, make_table, progress_bar, run
+from hif4c.tools.console import MAX_SEED, Reporter, console, make_table, progress_bar, run
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hif4c.compiler.recipe import Recipe
     from hif4c.compiler.synthetic_ladder import LayerFigures
 
-__all__ = ["app", "layers", "linear", "model", "static", "step"]
+__all__ = ["app", "layers", "linear", "model", "scale", "static", "step"]
 
 SHAPES = "1536x1536,1536x8960,5120x5120,5120x13824,13824x5120"
 ROWS = "1,4,8,256,2048"
@@ -213,6 +213,44 @@ def model(
     tables = [model_table(name, count, [item for item in blocks if item.tokens == count]) for count in counts]
     _show(tables, "A model from data sheets and instruction counts: nothing here was measured on a GPU.", markdown)
     _write(output, {"model": name, "measured": False, "blocks": [item.to_dict() for item in blocks]})
+
+
+@app.command("scale")
+def scale(
+    model: Annotated[str, typer.Argument(help="Wan2.2-T2V-A14B, Wan2.2-I2V-A14B, Wan2.2-TI2V-5B or wan-tiny.")],
+    directory: Annotated[
+        Path, typer.Option("--dir", help="Receives the synthetic checkpoint and the artifact, which stay there.")
+    ],
+    experts: Annotated[
+        str | None, typer.Option(help="Only these, with commas: transformer, transformer_2. Default: the model's.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Transformer blocks. Default: the model's.")] = None,
+    recipe: Annotated[str, typer.Option(help="Recipe of the artifact.")] = "rtn",
+    calibration: Annotated[Path | None, typer.Option(help="For a recipe that needs one.")] = None,
+    latent: Annotated[str, typer.Option(help="Latent FRAMESxHEIGHTxWIDTH of the step that is timed.")] = "1x24x52",
+    text: Annotated[int, typer.Option(min=1, max=4096, help="Its text tokens.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the checkpoint.")] = 0,
+    output: Output = None,
+    markdown: Markdown = None,
+) -> None:
+    """Compile, verify, load and run a model at its full size, from a synthetic checkpoint; and the disk by itself.
+
+    The checkpoint is made by tools/make_checkpoint.py's code, or used again when it is there. Every stage is a process
+    of its own, and begins with nothing of its files in the page cache. Reads and writes are those that reached a disk.
+    A14B with both experts takes 57 GB for the checkpoint and 17 GB for the artifact.
+    """
+    from hif4c.compiler.bench_scale import ScaleOptions, measure_scale
+    from hif4c.compiler.bench_timing import describe_machine
+    from hif4c.tools.bench_tables import scale_tables
+
+    chosen = None if experts is None else tuple(name.strip() for name in experts.split(","))
+    options = ScaleOptions(model, chosen, layers, recipe, calibration, latent, text, seed)
+    _check_outputs(output, markdown)
+    with Reporter.open() as report:
+        result = measure_scale(options, directory, report)
+    machine = describe_machine("auto")
+    _show(scale_tables(result), _sentence(machine), markdown)
+    _write(output, {"machine": machine, **result.to_dict()})
 
 
 @app.command("layers")

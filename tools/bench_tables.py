@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from hif4c.compiler.amounts import format_bytes, format_seconds
 from hif4c.compiler.bench_linear import FORMATS, LinearFigures
 from hif4c.compiler.bench_memory import Memory
+from hif4c.compiler.bench_scale import PartFigures, ScaleResult, StageFigures
 from hif4c.compiler.bench_static import StaticFigures
 from hif4c.compiler.bench_step import EAGER, W4A4, StepFigures, StepResult
 from hif4c.compiler.bench_timing import Timing
 from hif4c.compiler.roofline import BlockModel
 from hif4c.tools.console import make_table
 
-__all__ = ["linear_tables", "model_table", "static_table", "step_tables", "to_markdown"]
+__all__ = ["linear_tables", "model_table", "scale_tables", "static_table", "step_tables", "to_markdown"]
 
 _SHOWN_OPERATORS = 14
 
@@ -119,6 +121,60 @@ def _operator_table(item: StepFigures) -> Table:
     add("outside of operators", [""])
     table.add_row("in all", *(f"{1e3 * sum(found[name].values()):.1f}" for name in names))
     return table
+
+
+def scale_tables(result: ScaleResult) -> list[Table]:
+    """The disk by itself, and every stage with its parts; rates of reading stand beside the disk's own."""
+    options = result.options
+    layers = "all" if options.layers is None else options.layers
+    title = (
+        f"{options.model}, {layers} layers: {format_bytes(result.weights)} of weights, artifact "
+        f"{format_bytes(result.artifact)} ({options.recipe})"
+    )
+    columns = (
+        "stage",
+        "time",
+        "read",
+        "written",
+        "read/s",
+        "of the disk's",
+        "RSS after",
+        "peak RSS",
+        "all processes",
+        "cached",
+    )
+    stages = make_table(title, columns)
+    for stage in result.stages:
+        items: list[StageFigures | PartFigures] = [stage, *stage.parts]
+        for item in items:
+            stages.add_row(*_scale_row(item, result.disk.read))
+    return [_disk_table(result), stages]
+
+
+def _disk_table(result: ScaleResult) -> Table:
+    disk = result.disk
+    table = make_table("the disk, in blocks of 16 MiB, one thread", ("what", "amount", "bytes/s"))
+    rows = (
+        ("read through the page cache, cold", disk.read_bytes, disk.read),
+        ("read without the page cache", disk.read_bytes, disk.read_direct),
+        ("write without the page cache", disk.written_bytes, disk.write_direct),
+        ("making the checkpoint", result.weights, None if result.made is None else result.weights / result.made),
+    )
+    for name, amount, rate in rows:
+        if rate is not None:
+            table.add_row(name, format_bytes(amount), f"{format_bytes(rate)}/s")
+    return table
+
+
+def _scale_row(item: StageFigures | PartFigures, disk: float) -> list[str]:
+    rate = item.read / item.seconds if item.seconds > 0 else 0.0
+    row = [format_seconds(item.seconds), format_bytes(item.read), format_bytes(item.written)]
+    # Of what reads little, a rate says nothing.
+    row += [f"{format_bytes(rate)}/s", f"{100 * rate / disk:.0f} %"] if item.read > 1e8 else ["", ""]
+    if isinstance(item, PartFigures):
+        return [f"  {item.name}", *row, format_bytes(item.resident)]
+    cached = "" if item.cached is None else format_bytes(item.cached)
+    return [item.name, *row, "", format_bytes(item.peak), format_bytes(item.together), cached]
 
 
 def static_table(target: str, figures: Sequence[StaticFigures]) -> Table:
