@@ -100,6 +100,8 @@ class CompiledTransformer(nn.Module):
         self._buffer_names = {name: "weights/" + name.replace(".", "/") for name in resident}
         for name, buffer_name in self._buffer_names.items():
             self.register_buffer(buffer_name, tensors[name], persistent=False)
+        # Accelerate's hooks, which diffusers offloads with, ask a parameter where a module is.
+        self.place = self._make_place()
         self._executors: dict[bool, Executor] = {}
         self._blocks: BlockStore | None = None
         self._unloaded_from: torch.device | None = None
@@ -163,10 +165,18 @@ class CompiledTransformer(nn.Module):
             self._unloaded_from = None if device.type == "cpu" else device
             self._weights.release()
 
+    def _make_place(self) -> nn.Parameter:
+        """A parameter of no elements on the CPU."""
+        return nn.Parameter(torch.empty(0, dtype=self.dtype), requires_grad=False)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        """Nothing: what is there to be saved is the artifact."""
+
     def _map_again(self) -> None:
         """Have the stored tensors for weights."""
         self._executors.clear()
         self._blocks = None
+        self.place = self._make_place()
         for name, buffer_name in self._buffer_names.items():
             self._buffers[buffer_name] = self._weights[name]
 
@@ -264,10 +274,14 @@ class CompiledTransformer(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         before = self.device
-        probe = torch.empty(0, dtype=torch.uint8, device=self._unloaded_from or next(self.buffers()).device)
+        origin = self._unloaded_from or next(self.buffers()).device
+        after = fn(torch.empty(0, dtype=torch.uint8, device=origin)).device
+        if self._unloaded_from is not None:  # weights come when they are needed, to where it is now to run
+            self._unloaded_from = None if after.type == "cpu" else after
+            return self
         self._executors.clear()
-        self._blocks = self._unloaded_from = None
-        if isinstance(self._weights, StoredWeights) and fn(probe).device.type == "cpu" != probe.device.type:
+        self._blocks = None
+        if isinstance(self._weights, StoredWeights) and after.type == "cpu" != origin.type:
             self._map_again()
             return self
         result = super()._apply(move, recurse)
