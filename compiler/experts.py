@@ -88,6 +88,10 @@ class ExpertBuilder:
     def expert(self, name: str, plan: ExpertPlan, checkpoint: Checkpoint) -> None:
         """Resolve the recipe, transform the program, and write graph and weights of one expert."""
         recipe, events = self._recipes[name], self._events
+        if isinstance(checkpoint, FusedCheckpoint):
+            events("step", f"adding LoRAs to {name}: {checkpoint.summary}")
+            for note in checkpoint.notes:
+                events("note", note)
         known = None if self._calibration is None else self._calibration.experts.get(name)
         used = known if recipe.needs_calibration else None
         if recipe.needs_calibration:

@@ -209,6 +209,11 @@ class FusedCheckpoint(Checkpoint):
         """The tensors that any LoRA changes, under diffusers' names."""
         return list(self._changes)
 
+    @property
+    def summary(self) -> str:
+        """The LoRAs in a few words."""
+        return ", ".join(f"{item['file']} at {item['scale']:g} (tensors: {item['tensors']})" for item in self.record)
+
     def read(self, name: str, *, validate: bool = False) -> torch.Tensor:
         """As Checkpoint.read; raises Hif4Error when a sum is too large for the dtype that the tensor is stored in."""
         stored = self._base.read(name, validate=validate)

@@ -179,7 +179,22 @@ def render_report(artifact: Artifact) -> list[Table]:
             _span(found.rotations), ", ".join(f"{count} {name}" for name, count in found.roundings.items()),
             _count(found.rank), _count(found.outlier_columns), _decibels(found.sqnr_median), _decibels(found.sqnr_min),
         )  # fmt: skip
-    return [overview, resolved, *(_linears(info) for info in artifact.experts.values())]
+    loras = _loras(artifact)
+    tables = [overview, resolved, loras] if loras.row_count else [overview, resolved]
+    return [*tables, *(_linears(info) for info in artifact.experts.values())]
+
+
+def _loras(artifact: Artifact) -> Table:
+    """A row for each LoRA that was added to an expert's weights before they were quantized, in order."""
+    table = Table(title="LoRAs in the weights", box=box.SIMPLE_HEAD)
+    for column in ("expert", "LoRA", "scale", "tensors", "sha256"):
+        table.add_column(column, justify="right" if column in ("scale", "tensors") else "left")
+    for name in artifact.experts:
+        for item in artifact.manifest["experts"][name].get("loras", []):
+            table.add_row(
+                name, escape(str(item["file"])), f"{item['scale']:g}", str(item["tensors"]), str(item["sha256"])[:16]
+            )
+    return table
 
 
 def _linears(info: ExpertInfo) -> Table:
@@ -252,6 +267,7 @@ def write_report(artifact: Artifact, directory: Path) -> None:
             "ratio_to_bf16": item.ratio,
             "nodes": item.nodes,
             "resolved": asdict(item.resolved),
+            **{key: value for key, value in artifact.manifest["experts"][item.expert].items() if key == "loras"},
         }
         for item in summarize(artifact)
     }

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hif4c.compiler.checkpoint import Checkpoint
 from hif4c.compiler.lora import fuse_loras
+from hif4c.compiler.report import render_report
 from hif4c.runtime.artifact import open_artifact
 from hif4c.runtime.errors import Hif4Error
 
@@ -78,7 +79,11 @@ def test_same_bytes_as_fused_before(models, loras, fused_before, quick_compile, 
             (path.name, scale) for path, scale in loras[expert]
         ]
         assert [item["tensors"] for item in found] == ([1, 3] if expert == "transformer" else [3])
-    assert open_artifact(fused).experts.keys() == set(EXPERTS)
+    told = json.loads((fused / "report.json").read_text())["experts"]
+    assert [item["file"] for item in told["transformer"]["loras"]] == ["style.safetensors", "fast.safetensors"]
+    assert "fast.safetensors" in (fused / "report.html").read_text()
+    assert "loras" not in json.loads((before / "report.json").read_text())["experts"]["transformer"]
+    assert render_report(open_artifact(fused))[2].title == "LoRAs in the weights"
 
 
 def test_a_calibration_of_other_weights_is_refused(calibrated, loras, quick_compile, tmp_path):
