@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hif4c.compiler.amounts import format_bytes
+from hif4c.compiler.interpret import MEMORY
 from hif4c.compiler.models import WanConfig, read_json_object
 from hif4c.compiler.plan import ExpertPlan
 from hif4c.compiler.recipe import Recipe
@@ -36,8 +37,6 @@ GOLDEN_BYTES = 1 << 20
 """Golden outputs of one block, at most: they are of one small call, and do not grow with the model's width."""
 CPU_KERNEL_BYTES, GPU_KERNEL_BYTES = 1 << 20, 16 << 20
 """Compiled kernels of one target, generously."""
-MEMORY_BUDGET = 2 << 30
-"""Of such values this much stays in memory and needs no disk."""
 
 
 def compile_disk(
@@ -66,7 +65,7 @@ def compile_disk(
         if recipe.rounding == "gptq":
             planes += sum(linear.plane_bytes for linear in quantized)
             waiting = waiting_bytes(plan) * (tokens or {}).get(name, 0)
-            values = max(values, waiting - MEMORY_BUDGET)  # experts come one after the other
+            values = max(values, waiting - MEMORY)  # experts come one after the other
     kernels = sum(CPU_KERNEL_BYTES if target == "cpu" else GPU_KERNEL_BYTES for target in targets)
     needs = {
         "weights": weights,

@@ -11,11 +11,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hif4c.compiler.disk_space import MEMORY_BUDGET
+from hif4c.compiler.disk_space import waiting_bytes
+from hif4c.compiler.interpret import MEMORY as MEMORY_BUDGET
 from hif4c.compiler.machine_rates import MachineRates
 from hif4c.compiler.models import WanConfig
 from hif4c.compiler.plan import ExpertPlan, PlannedLinear, make_plan
 from hif4c.compiler.recipe import SEARCH, Recipe
+from hif4c.compiler.workers import BUDGET
 
 __all__ = [
     "UNCERTAINTY",
@@ -54,8 +56,6 @@ _BINS, _BIN_BYTES, _ROW_BYTES = 4, 776, 512
 """A channel in a calibration file: a histogram a timestep bin with all its buckets in use, and its rows."""
 _BASE_MEMORY = 900_000_000
 """Python, torch, diffusers and the program of a large model."""
-_PACK_MEMORY = 1 << 30
-"""Weights that are worked on at once, and their planes."""
 _ACTIVATION_WIDTHS = 10
 """Values of the model's width that a token has at once in a block, beside one of the feed-forward layer's."""
 
@@ -215,21 +215,33 @@ def groups(linears: Sequence[PlannedLinear]) -> list[tuple[int, int]]:
     return list(count.values())
 
 
-def compile_memory(workloads: Mapping[str, Workload]) -> int:
+def compile_memory(workloads: Mapping[str, Workload], cores: int) -> int:
     """Peak resident bytes of a compile, of GPTQ's Hessians too."""
-    peak = 0
-    for work in workloads.values():
-        largest = max((linear.in_features * linear.out_features for linear in work.quantized), default=0)
-        widest = max((linear.in_features for linear in work.quantized), default=0)
-        needed = min(_PACK_MEMORY, 12 * largest)
-        if work.recipe.rounding == "gptq":
-            # An fp32 Hessian and what `gptq` says it takes beside it; the budget of waiting values; one call's own.
-            call = max(work.calls, default=0)
-            waiting = min(MEMORY_BUDGET, 2 * work.config.inner_dim * sum(work.calls))
-            solving = 4 * widest**2 + max(12 * widest**2, 4 * widest**2 + 15 * largest) + waiting
-            needed = max(needed, solving + activation_bytes(work.config, call))
-        peak = max(peak, needed)
-    return _BASE_MEMORY + peak
+    return _BASE_MEMORY + max(max(_packing_memory(work, cores), _solving_memory(work)) for work in workloads.values())
+
+
+def _packing_memory(work: Workload, cores: int) -> int:
+    """Planes of the weights that are worked on, one a core, of one that waits for the disk and one that is written."""
+    largest = max((linear.plane_bytes for linear in work.quantized), default=0)
+    # A low-rank branch has its weight whole in float32.
+    whole = 4 * _largest(work) if work.recipe.rank else 0
+    return min(BUDGET, (cores + 2) * largest + (cores + 1) * whole)
+
+
+def _solving_memory(work: Workload) -> int:
+    """A Hessian with its exact sums, or with what `gptq` says it takes; a call; and the values that wait."""
+    if work.recipe.rounding != "gptq":
+        return 0
+    k = max((linear.in_features for linear in work.quantized), default=0)
+    hessian = 4 * k**2
+    solving = max(4 * k * (k + 512), hessian + 16 * k * 1024 + 4 * _largest(work))
+    waiting = min(MEMORY_BUDGET, waiting_bytes(work.plan) * sum(work.calls))
+    return hessian + solving + activation_bytes(work.config, max(work.calls, default=0)) + waiting
+
+
+def _largest(work: Workload) -> int:
+    """Elements of the largest packed weight."""
+    return max((linear.in_features * linear.out_features for linear in work.quantized), default=0)
 
 
 def activation_bytes(config: WanConfig, tokens: int) -> int:

@@ -42,11 +42,11 @@ class MachineRates:
         loops: turns of a plain Python loop, for work that is interpreted: tracing and passes.
         quantize: elements rounded to HiF4, of all cores.
         search: elements whose scales are searched, of all cores.
-        decode: elements of packed weights that the portable kernels multiply a few tokens with.
-        count: activations counted in the histograms of a calibration.
+        decode: elements of packed weights that the portable kernels multiply a few tokens with, of all cores.
+        count: activations counted in the histograms of a calibration, of all cores.
         scan: bytes of a 16-bit weight whose largest values are found, of all cores.
         hash: bytes, SHA-256, of one core.
-        multiply: floating-point operations of float32 matrix products.
+        multiply: floating-point operations of float32 matrix products, of all cores or the device.
         multiply16: the same of bfloat16.
         read: bytes of the checkpoint, or of a file in the output's folder where there is none, not in memory before.
         write: bytes written in the output's folder and on the disk.
@@ -84,27 +84,31 @@ def measure_rates(folder: Path, weights: Sequence[Path] = (), device: torch.devi
     weight = torch.randn(ROWS, CHANNELS, generator=generator)
     narrow = weight.to(torch.bfloat16)
     data = bytes(4 << 20)
-    with native_kernels(), _one_thread():
-        quantized = _rate(lambda: torch.ops.hif4.quantize(weight, None, 64), weight.numel())
-        searched = _rate(lambda: search_scales(weight[:64]), weight[:64].numel())
-        scanned = _rate(lambda: narrow.abs().amax(0), narrow.nbytes)
-    codes, scales = quantize(weight)
-    tokens = quantize(torch.randn(TOKENS, CHANNELS, generator=generator))
-    with portable_kernels():
-        decoded = _rate(
-            lambda: torch.ops.hif4.linear(*tokens, codes, scales, None, None, torch.float32), codes.numel() * 2
-        )
+    # One core is measured and counted as often as there are cores: several that wait for each other at every short
+    # operation show the machine's other work a hundred times enlarged.
+    with _one_thread():
+        with native_kernels():
+            quantized = _rate(lambda: torch.ops.hif4.quantize(weight, None, 64), weight.numel())
+            searched = _rate(lambda: search_scales(weight[:64]), weight[:64].numel())
+            scanned = _rate(lambda: narrow.abs().amax(0), narrow.nbytes)
+            counted = _rate(lambda: ChannelSketch(CHANNELS, 1).update(narrow, 0), narrow.numel())
+        packed = quantize(weight)
+        tokens = quantize(torch.randn(TOKENS, CHANNELS, generator=generator))
+        with portable_kernels():
+            decoded = _rate(lambda: torch.ops.hif4.linear(*tokens, *packed, None, None, torch.float32), weight.numel())
+        products = [_multiply_rate(dtype, device, generator) for dtype in (torch.float32, torch.bfloat16)]
+    shared = 1 if torch.device(device).type != "cpu" else cores
     return MachineRates(
         cores=cores,
         loops=_rate(_loop, LOOP),
         quantize=quantized * cores,
         search=searched * cores,
-        decode=decoded,
-        count=_rate(lambda: ChannelSketch(CHANNELS, 1).update(narrow, 0), narrow.numel()),
+        decode=decoded * cores,
+        count=counted * cores,
         scan=scanned * cores,
         hash=_rate(lambda: hashlib.sha256(data).digest(), len(data)),
-        multiply=_multiply_rate(torch.float32, device, generator),
-        multiply16=_multiply_rate(torch.bfloat16, device, generator),
+        multiply=products[0] * shared,
+        multiply16=products[1] * shared,
         read=_read_rate(weights) or back,
         write=written,
     )

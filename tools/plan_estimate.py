@@ -57,9 +57,8 @@ def show_estimate(
     rates = measure_rates(existing_folder(output), files)
     parts: dict[str, list[Step]] = {}
     tokens = dict.fromkeys(works, sum(calls))
-    rows = {
-        "compile": (estimate.compile_memory(works), compile_disk(plans, recipes, components=components, tokens=tokens))
-    }
+    disk = compile_disk(plans, recipes, components=components, tokens=tokens)
+    rows = {"compile": (estimate.compile_memory(works, rates.cores), disk)}
     if load is not None and any(recipe.needs_calibration for recipe in recipes.values()):
         parts["calibrate"] = estimate.estimate_calibration(works, rates, load, components=rest)
         configs = {name: work.config for name, work in works.items()}
