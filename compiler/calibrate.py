@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from hif4c.compiler.choose import Choices
 from hif4c.compiler.emit import to_graph
 from hif4c.compiler.interpret import interpret
 from hif4c.compiler.locate import ModelLocation
+from hif4c.compiler.lora import fuse_loras
 from hif4c.compiler.models import WanConfig
 from hif4c.compiler.pipeline import run_passes
 from hif4c.compiler.plan import make_plan
@@ -111,6 +113,7 @@ def calibrate(
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    loras: Mapping[str, Sequence[tuple[Path, float]]] = MappingProxyType({}),
     ranks: Ranks = ALONE,
     events: Callable[[str, Any], None] = lambda event, value: None,
 ) -> None:
@@ -127,6 +130,7 @@ def calibrate(
         runs: where the calls came from, for the file's header.
         seed: of the choice of rows.
         device: where the program runs.
+        loras: expert -> files with their scales, added to its weights.
         ranks: share the calls; rank 0 writes the file, which does not depend on how many ranks there are.
         events: called with ("step", sentence), ("total", bytes), ("unit", "bytes") and ("bytes", count).
 
@@ -146,7 +150,8 @@ def calibrate(
                 planned[config] = plan_program(captured, config)
             program = planned[config]
             events("step", f"calibrating {name} on {len(calls[name])} calls")
-            with Checkpoint(path, config, location.layout) as checkpoint:
+            stored = Checkpoint(path, config, location.layout)
+            with fuse_loras(stored, loras.get(name, ()), name) as checkpoint:
                 shapes = {spec.source: spec.shape for spec in program.tensors.values() if spec.source is not None}
                 checkpoint.check(shapes)
                 events("total", checkpoint.total_bytes)

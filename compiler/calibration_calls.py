@@ -151,8 +151,8 @@ class LowestCalls:
         if len(self._kept) == self._limit:
             if entry < self._kept[0]:
                 return
-            _, given_up = heapq.heapreplace(self._kept, entry)
-            self._files.remove(given_up)
+            given_up = heapq.heapreplace(self._kept, entry)
+            self._files.remove(given_up[1])
         else:
             heapq.heappush(self._kept, entry)
         given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -15,8 +15,11 @@ import torch
 from hif4c.compiler.calibrate import calibrate
 from hif4c.compiler.calibration_calls import StoredCalls
 from hif4c.compiler.calibration_inputs import calls_from_clips, calls_from_trajectory, find_clips
+from hif4c.compiler.calibration_memory import check_pipeline_fits
 from hif4c.compiler.calibration_writer import check_calibration_path, scratch_folder
+from hif4c.compiler.checkpoint import Checkpoint
 from hif4c.compiler.locate import ModelDescription, ModelLocation
+from hif4c.compiler.lora import FusedCheckpoint, LoraFile
 from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.compiler.sampling_defaults import sampling_defaults
 from hif4c.runtime.errors import Hif4Error
@@ -47,6 +50,7 @@ class CalibrationOptions:
         batch: prompts sampled together, and clips in a recorded call; None for 16 of a small model, 1 of a large one.
         device: where pipeline and program run.
         sampling: settings that differ from the model's usual ones (height, width, frames, steps, guidance).
+        loras: expert -> files with their scales, fused as `hif4c compile --lora` will.
     """
 
     prompts: tuple[str, ...] = ()
@@ -58,6 +62,7 @@ class CalibrationOptions:
     batch: int | None = None
     device: str = "cpu"
     sampling: tuple[tuple[str, float], ...] = ()
+    loras: Mapping[str, tuple[tuple[Path, float], ...]] = field(default_factory=dict)
 
 
 def builtin_prompts(model: ModelDescription, count: int, seed: int) -> list[str]:
@@ -99,13 +104,15 @@ def run_calibration(
             make the file that one alone makes, byte for byte.
 
     Raises:
-        Hif4Error: no prompt, no pipeline beside the experts, a device that is not there, a full disk.
+        Hif4Error: no prompt, no pipeline beside the experts, a pipeline that is larger than the memory, a LoRA that
+            does not fit, a device that is not there, a full disk.
     """
     with ranks.together():
         device = check_device(ranks.device if ranks.device.type != "cpu" else options.device)
         settings = SamplingSettings.from_defaults(sampling_defaults(location.configs), **dict(options.sampling))
         if location.layout != "diffusers" or not (location.root / "model_index.json").is_file():
             raise Hif4Error(f"{location.root}: has no pipeline (model_index.json); calibrate a diffusers directory.")
+        loras = _check_loras(location, options, events if ranks.first else lambda event, value: None)
         check_calibration_path(output)
     with scratch_folder(output, ranks) as folder:
         make_calls = _calls_from_trajectory if options.clips is None else _calls_from_clips
@@ -113,7 +120,30 @@ def run_calibration(
         source |= {"seed": options.seed, "steps": settings.steps, "guidance": settings.guidance}
         source |= {"height": settings.height, "width": settings.width, "frames": settings.frames}
         source["calls"] = {name: len(found) for name, found in calls.items()}
-        calibrate(location, calls, output, [source], seed=options.seed, device=device, ranks=ranks, events=events)
+        if loras:
+            source["loras"] = loras
+        calibrate(
+            location, calls, output, [source], seed=options.seed, device=device, loras=options.loras, ranks=ranks,
+            events=events,
+        )  # fmt: skip
+
+
+def _check_loras(location: ModelLocation, options: CalibrationOptions, events: Events) -> dict[str, Any]:
+    """Open the LoRAs before anything is loaded; what the file's header says of them."""
+    record = {}
+    for name in options.loras:
+        if name not in location.experts:
+            raise Hif4Error(f"{location.root}: has no {name} for a LoRA, only {', '.join(location.experts)}.")
+        with _fused(location, options, name) as checkpoint:
+            record[name] = checkpoint.record
+            for note in checkpoint.notes:
+                events("note", f"{name}: {note}")
+    return record
+
+
+def _fused(location: ModelLocation, options: CalibrationOptions, name: str) -> FusedCheckpoint:
+    stored = Checkpoint(location.experts[name], location.configs[name], location.layout)
+    return FusedCheckpoint(stored, [LoraFile(*item) for item in options.loras[name]], name)
 
 
 def _schedule(pipeline: DiffusionPipeline) -> list[float]:
@@ -142,7 +172,12 @@ def _calls_from_trajectory(
         image = open_image(options.image, location.pipeline.class_name, settings)
         prompts = options.prompts or builtin_prompts(location, options.count, options.seed)
         batch = options.batch or _usual_batch(location)
-        pipeline = load_components(str(location.root), location.pipeline.class_name).to(device)
+        check_pipeline_fits(location, device)
+        pipeline = load_components(str(location.root), location.pipeline.class_name)
+        for name in options.loras:
+            with _fused(location, options, name) as checkpoint:
+                checkpoint.copy_into(getattr(pipeline, name))
+        pipeline.to(device)
     events("step", f"sampling {len(prompts)} prompts")
     mine = [min(batch, len(prompts) - start) for start in ranks.share(range(0, len(prompts), batch))]
     events("total", settings.steps * sum(mine))

@@ -88,6 +88,11 @@ class Ranks:
             if sentence is not None:
                 raise PeerError(f"rank {rank} failed: {sentence}")
 
+    @staticmethod
+    def have_heard(error: BaseException) -> bool:
+        """Whether every rank has raised because of this error, rank 0 with its sentence."""
+        return isinstance(error, PeerError) or _TOLD in error.__dict__
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Leave this block together: where one rank fails in it, every rank raises.
@@ -98,10 +103,8 @@ class Ranks:
         failed: Exception | None = None
         try:
             yield
-        except PeerError:
-            raise
         except Exception as error:
-            if _TOLD in error.__dict__:  # by a collective call within the block
+            if self.have_heard(error):  # in a collective call within the block
                 raise
             failed = error
         self.all_agree(failed)

@@ -18,8 +18,10 @@ from hif4c.compiler.checkpoint import Checkpoint
 from hif4c.compiler.locate import locate_model
 from hif4c.compiler.log_grid import RELATIVE_ERROR
 from hif4c.compiler.models import WanConfig
+from hif4c.compiler.ranks import PeerError
 from hif4c.runtime.errors import Hif4Error
 from tests.support.checkpoints import small_config, write_diffusers_model
+from tests.support.forked_ranks import in_ranks
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # Sizes and timesteps of the calls; two share a bin, one lies on an edge, one bin stays empty.
@@ -157,6 +159,41 @@ def test_equal_calibrations_are_equal_bytes(calibrated, models, calls, tmp_path)
         group = "blocks.0.attn1.to_q"
         assert not torch.equal(first.expert("transformer").rows(group), other.expert("transformer").rows(group))
     assert sorted(item.name for item in tmp_path.iterdir()) == ["again", "other"]
+
+
+def test_ranks_write_the_bytes_of_one(models, calls, captures, tmp_path):
+    """Four calls over one, two and five ranks, of which the last has none. One thread each, for equal bits."""
+    location = locate_model(str(models["t2v"].directory))
+    captures.variant("t2v")  # once, not in every rank
+
+    def work(ranks):
+        read = []
+        events = lambda event, value: read.append(value) if event == "bytes" else None  # noqa: E731
+        calibrate(location, calls, tmp_path / str(ranks.count), [{"seed": 0}], seed=3, ranks=ranks, events=events)
+        return sum(read)
+
+    (total,) = in_ranks(1, work)
+    assert in_ranks(2, work) == [total, total]
+    assert in_ranks(5, work) == [total, total, total, total, 0]  # and reads nothing
+    whole = (tmp_path / "1").read_bytes()
+    assert (tmp_path / "2").read_bytes() == whole
+    assert (tmp_path / "5").read_bytes() == whole
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["1", "2", "5"]
+
+
+def test_what_fails_on_one_rank_ends_all(models, calls, captures, tmp_path):
+    """The second of three calls is rank 1's alone."""
+    location = locate_model(str(models["t2v"].directory))
+    captures.variant("t2v")
+    bad = calls["transformer_2"][1]
+    bad = Call(bad.hidden_states * float("nan"), bad.timestep, bad.encoder_hidden_states)
+    given = {**calls, "transformer_2": [calls["transformer_2"][0], bad, calls["transformer_2"][2]]}
+    first, second = in_ranks(2, lambda ranks: calibrate(location, given, tmp_path / "c", [], ranks=ranks))
+    words = "transformer_2, input of blocks.0.attn1.to_q: NaN or infinite values in 128 of 128 channels, first in 0"
+    assert isinstance(first, PeerError)
+    assert str(first).startswith(f"rank 1 failed: {words}")
+    assert str(second).startswith(words)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_merged_parts_are_the_whole(calibrated, models, calls, tmp_path):

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hif4c.compiler.log_grid import RELATIVE_ERROR, SMALLEST
+from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.compiler.sketch import MAX_BUCKETS, ChannelSketch
 from hif4c.runtime.errors import Hif4Error
+from tests.support.forked_ranks import in_ranks
 
 PERCENTILES = (1, 25, 50, 90, 99, 99.9, 99.99, 100)
 # A bucket's value is stored in fp32.
@@ -188,6 +190,27 @@ def test_chosen_bins_answer_as_one(items: list, p: float) -> None:
     assert torch.equal(sketch.percentile(p, [1, 0]), single.percentile(p, [0]))
     assert torch.equal(sketch.maximum(), single.maximum())
     assert torch.equal(sketch.histogram().counts, single.histogram().counts)
+
+
+def test_sketches_of_ranks_add_up_to_one_of_all() -> None:
+    """Ranks with tops far apart, one without tokens in a bin, one without any."""
+    parts = [
+        [(0, [(1.0, 0.0), (3.0, 1e-30)]), (1, [(7.0, 2.0)])],
+        [(0, [(1e4, 5.0)])],
+        [],
+    ]  # fmt: skip
+
+    def work(ranks: Ranks) -> dict[str, object]:
+        sketch = from_batches(parts[ranks.rank])
+        sketch.merge_ranks(ranks)
+        return {name: (value.dtype, value.tolist()) for name, value in sketch.to_tensors().items()}
+
+    whole = from_batches([batch for part in parts for batch in part]).to_tensors()
+    expected = {name: (value.dtype, value.tolist()) for name, value in whole.items()}
+    assert in_ranks(3, work) == [expected] * 3
+    alone = from_batches(parts[0])
+    alone.merge_ranks(ALONE)
+    assert_same(alone, from_batches(parts[0]))
 
 
 def test_a_sketch_merges_with_itself() -> None:
