@@ -204,8 +204,10 @@ class _Compile:
             path = self.unfinished.scratch / "calibration.safetensors"
             if journal.done("calibration") is None:
                 self.events("step", "calibrating (a small model; others take --calibration)")
-                run_calibration(self.location, path, CalibrationOptions(), self.events)
-                journal.record("calibration")
+                made = CalibrationOptions(loras=options.loras)
+                run_calibration(self.location, path, made, self.events, ranks=self.ranks)
+                if self.ranks.first:
+                    journal.record("calibration")
         # Also for recipes that do without: the report then says how far every linear is off.
         calibration = Calibration(path)
         for name, recipe in recipes.items():
