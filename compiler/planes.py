@@ -80,6 +80,8 @@ BLOCK_ELEMENTS = 1 << 18
 """Elements of a weight that are in float32 at once: what is made of them stays in the cache of a core."""
 MAPPED_ELEMENTS = 1 << 22
 """Elements of the checkpoint that are in this process's memory at once."""
+FACTORED_ELEMENTS = 1 << 20
+"""The same where products with few columns are taken."""
 SEARCHED_ELEMENTS = 1 << 24
 """The same where scales are searched, which takes its own blocks of many rows and a few columns."""
 
@@ -193,7 +195,7 @@ def make_planes(
     up: list[torch.Tensor] = []
     low_rank: tuple[torch.Tensor, torch.Tensor] | None = None
     if source.rank:
-        right, left = _low_rank(_whole(weight, inverse, None), source.rank)
+        right, left = _low_rank(weight, inverse, source.rank)
         # Factors are stored in bf16 for what the branch reads, and what they lose stays in the residual.
         reads_raw = mask if mask is not None and not source.mask_folded else torch.ones(weight.shape[1])
         planes["down"] = (right * reads_raw).to(torch.bfloat16)
@@ -315,22 +317,32 @@ def _working_bytes(source: TensorSource, checkpoint: Checkpoint) -> int:
     elements = checkpoint.shape(source.source).numel()
     if source.plane == "whole":
         return 8 * elements if source.changed else 0
-    return elements * 9 // 16 + (4 * elements if source.rank else 0)
+    return elements * 9 // 16 + (4 * SEARCHED_ELEMENTS if source.rounding == "search" else 16 * MAPPED_ELEMENTS)
 
 
-def _low_rank(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nearly the best rank-r approximation left^T right of a weight [N, K]: right [r, K] and left [r, N], float32.
+def _low_rank(weight: PreparedWeight, inverse: torch.Tensor | None, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Nearly the best rank-r approximation left^T right of W / m [N, K]: right [r, K] and left [r, N], float32.
 
     By randomized SVD (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1); a full one of every weight
     of a large model would take hours. A generator of its own, with a fixed seed: several weights are worked on at once.
     """
+
+    def times(right: torch.Tensor) -> torch.Tensor:
+        blocks = weight.blocks(FACTORED_ELEMENTS)
+        return torch.cat([_residual(weight, rows, inverse, None) @ right for rows in blocks])
+
+    def transposed_times(left: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(weight.shape[1], left.shape[1])
+        for rows in weight.blocks(FACTORED_ELEMENTS):
+            total.addmm_(_residual(weight, rows, inverse, None).T, left[rows])
+        return total
+
     width = min(rank + SVD_OVERSAMPLING, *weight.shape)
     sketch = torch.randn(weight.shape[1], width, generator=torch.Generator().manual_seed(0))
-    basis = torch.linalg.qr(weight @ sketch).Q
+    basis = torch.linalg.qr(times(sketch)).Q
     for _ in range(SVD_ITERATIONS):
-        basis = torch.linalg.qr(weight.T @ basis).Q
-        basis = torch.linalg.qr(weight @ basis).Q
-    u, values, v = torch.linalg.svd(basis.T @ weight, full_matrices=False)
+        basis = torch.linalg.qr(times(torch.linalg.qr(transposed_times(basis)).Q)).Q
+    v, values, u = torch.linalg.svd(transposed_times(basis), full_matrices=False)
     # Split evenly, so that both factors have like magnitudes in bf16.
     root = values[:rank].sqrt()
-    return (v[:rank] * root[:, None]).contiguous(), ((basis @ u[:, :rank]) * root).T.contiguous()
+    return (v[:, :rank] * root).T.contiguous(), ((basis @ u[:rank].T) * root).T.contiguous()
