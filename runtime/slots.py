@@ -107,9 +107,10 @@ class StreamSlots:
 def make_slots(nbytes: int, device: torch.device) -> Slots:
     """The slots that a device can have."""
     module = None if device.type == "cpu" else torch.get_device_module(device)
-    if hasattr(module, "Stream") and hasattr(module, "Event"):
-        return StreamSlots(nbytes, device, module)
-    return OrderedSlots(nbytes, device)
+    with torch.inference_mode(False):  # another thread could not write to what inference mode makes
+        if hasattr(module, "Stream") and hasattr(module, "Event"):
+            return StreamSlots(nbytes, device, module)
+        return OrderedSlots(nbytes, device)
 
 
 def _copy(buffer: torch.Tensor, parts: Parts) -> list[torch.Tensor]:

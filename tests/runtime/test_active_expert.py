@@ -47,7 +47,8 @@ def test_weights_come_back_from_their_files(experts, inputs):
     assert first.device.type == "meta"  # there it runs
     assert places(first) == {"cpu"}
     assert {buffer.data_ptr() for buffer in first.buffers()} == stored
-    assert first(*(value.to("meta") for value in sample)).sample.shape == expected.shape
+    with torch.inference_mode():
+        assert first(*(value.to("meta") for value in sample)).sample.shape == expected.shape
     assert places(first) == {"meta"}
     first.to_empty(device="cpu")  # .to cannot leave "meta"
     assert first.device.type == "cpu"

@@ -251,6 +251,8 @@ def test_an_offloaded_expert_computes_the_same(recipe, artifacts, inputs):
     assert torch.equal(offloaded.variant(None)(*inputs()).sample, plain(*inputs()).sample)
     offloaded.unload()
     assert offloaded.blocks is None
+    with torch.inference_mode():
+        assert torch.equal(offloaded(*inputs()).sample, plain(*inputs()).sample)
     assert torch.equal(offloaded(*inputs()).sample, plain(*inputs()).sample)
 
 
