@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hif4c.runtime import executor as executor_module
-from hif4c.runtime.executor import Executor
+from hif4c.runtime.executor import Executor, ReleaseAfterUse
 from hif4c.runtime.graph import DEVICE, Graph, InputType, Node, Ref, TensorType
 
 X = TensorType("float32", (4,))
@@ -220,3 +220,43 @@ def test_a_copy_has_tensors_of_its_own():
     table.zero_()
     assert torch.equal(made(x)[0], expected)
     assert made.tensors[0] is not table
+
+
+def test_a_visit_shows_every_node_and_drops_values_as_a_call_does():
+    executor, shown, alive = Executor(chain(), {"w": torch.randn(4)}, CPU), [], []
+    x = torch.randn(4)
+
+    def see(number, arguments, result):
+        if number == 3:
+            assert torch.equal(arguments[0] * 3, result)
+        shown.append((number, weakref.ref(result)))
+        alive.append([reference() is not None for _, reference in shown])
+
+    (found,) = executor.visit([x], see)
+    assert torch.equal(found, executor(x)[0])
+    assert [number for number, _ in shown] == list(range(4))
+    # The silu lives until the third node has run, the sum as well; each is gone when the next one is shown.
+    assert alive == [[True], [True, True], [True, True, True], [False, False, True, True]]
+
+
+def test_stored_tensors_are_given_back_after_their_last_use():
+    nodes = [
+        ("aten.add.Tensor", (Ref(0), Ref(1)), {}),
+        ("aten.add.Tensor", (Ref(4), Ref(2)), {}),
+        ("aten.cat.default", ([Ref(5), Ref(1)],), {}),
+        ("aten.mul.Tensor", (Ref(6), 2.0), {}),
+    ]
+    graph = graph_of(nodes, [7], tensors=("a", "b", "unread"))
+    events = []
+
+    class Weights(dict):
+        def release(self, names):
+            events.append(sorted(names))
+
+    weights = Weights({name: torch.randn(4) for name in ("a", "b", "unread")})
+    executor = Executor(graph, weights, CPU, ReleaseAfterUse(graph, weights))
+    found = executor.visit([torch.ones(4)], lambda number, arguments, result: events.append(number))[0]
+    assert events == [0, 1, ["b"], 2, ["a"], 3]
+    assert torch.equal(found, Executor(graph, weights, CPU)(torch.ones(4))[0])
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(executor)
