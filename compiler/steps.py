@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hif4c.compiler.calibration import ExpertCalibration
+from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.runtime.transformer import CompiledTransformer
 
 __all__ = ["StepError", "choose_ranges", "measure_steps"]
@@ -36,6 +37,8 @@ def measure_steps(
     model: CompiledTransformer,
     calibration: ExpertCalibration,
     progress: Callable[[int], None] = lambda count: None,
+    *,
+    ranks: Ranks = ALONE,
 ) -> list[StepError]:
     """Run both programs of an expert on its calibration calls and compare with the recorded outputs.
 
@@ -43,28 +46,37 @@ def measure_steps(
         expert: its name.
         model: the compiled expert, with a second program.
         calibration: the expert's.
-        progress: called with 1 after every call.
+        progress: called with 1 after every call of this rank.
+        ranks: share the calls. Errors are summed in the order of the calls, so the result does not depend on them.
 
     Returns:
-        One entry for every timestep of the calls, in their order.
+        One entry for every timestep of the calls, in their order; the same on every rank.
     """
+    energies: dict[int, tuple[float, list[float]]] = {}
+    mine = set(ranks.share(range(calibration.call_count)))
+    with ranks.together():
+        programs = [model.variant(None), model.variant("bf16")]
+        for number, (whole, recorded) in enumerate(calibration.calls()):
+            if number not in mine:
+                continue
+            # Errors are averages over tokens: a few clips of a batch say as much as all.
+            call, expected = whole.first(MAX_CLIPS), recorded[:MAX_CLIPS].double()
+            found = [expected.square().sum()]
+            for program in programs:
+                found.append((program(*call.inputs, return_dict=False)[0].double() - expected).square().sum())
+            energies[number] = call.noise_level, [float(value) for value in found]
+            progress(1)
+    for part in ranks.all_gather(energies):
+        energies |= part
     sums: dict[float, list[float]] = {}
-    programs = [model.variant(None), model.variant("bf16")]
-    for whole, expected in calibration.calls():
-        # Errors are averages over tokens: a few clips of a batch say as much as all.
-        call, expected = whole.first(MAX_CLIPS), expected[:MAX_CLIPS]
-        entry = sums.setdefault(call.noise_level, [0.0, 0.0, 0.0])
-        entry[0] += float(expected.double().square().sum())
-        for index, program in enumerate(programs):
-            found = program(*call.inputs, return_dict=False)[0]
-            entry[1 + index] += float((found.double() - expected.double()).square().sum())
-        progress(1)
-    found = []
-    for timestep, (signal, *noises) in sums.items():
-        # Of a prediction that is zero, any error would be infinitely large; such a step says nothing.
-        w4a4, w4a16 = (noise / signal if signal else 0.0 for noise in noises)
-        found.append(StepError(expert, timestep, w4a4, w4a16))
-    return found
+    for _, (timestep, values) in sorted(energies.items()):
+        sums[timestep] = [total + value for total, value in zip(sums.get(timestep, [0.0] * 3), values, strict=True)]
+    return [_step_error(expert, timestep, *values) for timestep, values in sums.items()]
+
+
+def _step_error(expert: str, timestep: float, signal: float, w4a4: float, w4a16: float) -> StepError:
+    # Of a prediction that is zero, any error would be infinitely large; such a step says nothing.
+    return StepError(expert, timestep, *(noise / signal if signal else 0.0 for noise in (w4a4, w4a16)))
 
 
 def choose_ranges(

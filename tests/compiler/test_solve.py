@@ -1,11 +1,13 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from hif4c.compiler import gptq as gptq_module
 from hif4c.compiler import solve as solve_module
 from hif4c.compiler.calibration import Calibration
 from hif4c.compiler.emit import to_graph
@@ -14,16 +16,19 @@ from hif4c.compiler.output_error import error_energy
 from hif4c.compiler.pack import write_weights
 from hif4c.compiler.planes import InputStatistics, Planes, make_planes, prepared_weight
 from hif4c.compiler.recipe import Recipe, load_recipe
+from hif4c.compiler.second_moments import second_moments
 from hif4c.compiler.solve import SolvedPlanes, solve
 from hif4c.compiler.steps import measure_steps
 from hif4c.passes.program import Program, TensorSource, inverse_mask
 from hif4c.runtime.artifact import open_artifact
+from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.executor import Executor
 from hif4c.runtime.format import dequantize, quantize
 from hif4c.runtime.graph import Graph
 from hif4c.runtime.native import native_kernels
 from hif4c.runtime.rotation import block_hadamard
 from hif4c.runtime.transformer import load_expert
+from tests.support.forked_ranks import in_ranks
 
 TEXT = [f"blocks.{block}.attn2.to_{name}.weight" for block in (0, 1) for name in "kv"]
 RECIPE = """
@@ -211,6 +216,81 @@ def test_only_weights_that_ask_for_it_are_solved(calibrated):
     assert all(statistics is None for _, statistics in solution.seen.values())
     assert solution.planes.get("blocks.0.attn1.to_q.weight") is None
     assert solution.told == {"total": 0, "unit": "bytes"}
+
+
+def test_neither_ranks_nor_an_earlier_run_change_a_bit(calibrated, tmp_path, monkeypatch):
+    """Two calls on three ranks, of which one has none; then two ranks go on from some of the planes."""
+    recipe = Recipe("masks", mask_percentile=99.9, rounding="gptq")
+    program = calibrated.program(recipe)
+    graph = to_graph(program)
+    monkeypatch.setattr(gptq_module, "_ROWS", 64)  # so that there are rows to share
+    moments = []
+    monkeypatch.setattr(solve_module, "second_moments", lambda *a, **k: moments.append(1) or second_moments(*a, **k))
+
+    def run(folder, ranks):
+        told = []
+        journal = SolvedPlanes(Journal(folder), "gptq")
+        solve(
+            program, graph, calibrated.checkpoint, calibrated.calls[:2], journal,
+            lambda *event: told.append(event), scratch=tmp_path / "scratch", memory=0, ranks=ranks,
+        )  # fmt: skip
+        return told, len(moments)
+
+    def files(folder):
+        return {path.name: path.read_bytes() for path in (folder / "gptq").iterdir()}
+
+    for name in ("alone", "shared", "scratch"):
+        (tmp_path / name).mkdir()
+    ((told, count),) = in_ranks(1, partial(run, tmp_path / "alone"))
+    # Inputs of a block: one for q, k, v; two outputs; a query; two of the feed-forward; and the text, for both blocks.
+    assert count == 2 * 6 + 1
+    nbytes = dict(told)["total"]
+    assert sum(size for event, size in told if event == "bytes") == nbytes
+    assert "skipped" not in dict(told)
+    expected = files(tmp_path / "alone")
+    assert len(expected) == 20
+
+    assert in_ranks(3, partial(run, tmp_path / "shared")) == [(told, count)] * 3
+    assert files(tmp_path / "shared") == expected
+
+    lost = [name for name in expected if name.startswith("blocks.1") or "to_v" in name]
+    before = {}
+    for path in (tmp_path / "shared" / "gptq").iterdir():
+        if path.name in lost:
+            path.unlink()
+        else:
+            before[path] = path.stat().st_mtime_ns
+    for told, count in in_ranks(2, partial(run, tmp_path / "shared")):
+        assert count == 6 + 1 + 1  # those of the second block, of the first block's value projection, and of the text
+        left = sum(size for event, size in told if event == "bytes")
+        assert dict(told)["total"] == nbytes == left + dict(told)["skipped"]
+        assert left == sum(calibrated.weight(name.removesuffix(".weight.safetensors")).nbytes for name in lost)
+    assert files(tmp_path / "shared") == expected
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert not any((tmp_path / "scratch").iterdir())
+
+
+def test_a_rank_that_fails_ends_the_others(calibrated, tmp_path):
+    program = calibrated.program(Recipe("plain", rounding="gptq"))
+
+    def run(ranks):
+        planes = SolvedPlanes(Journal(), "gptq")
+        scratch = tmp_path if ranks.first else tmp_path / "gone"
+        solve(
+            program, to_graph(program), calibrated.checkpoint, calibrated.calls, planes,
+            scratch=scratch, memory=0, ranks=ranks,
+        )  # fmt: skip
+
+    first, second = in_ranks(2, run)
+    assert isinstance(second, Hif4Error)
+    assert "gone: writing" in str(second)
+    assert str(first) == f"rank 1 failed: {second}"
+
+
+def test_calls_are_needed(calibrated):
+    program = calibrated.program(Recipe("plain", rounding="gptq"))
+    with pytest.raises(ValueError, match="needs calls"):
+        solve(program, to_graph(program), calibrated.checkpoint, [], SolvedPlanes(Journal(), "gptq"))
 
 
 def test_steps_are_measured_with_both_programs(artifact, calibrated):

@@ -1,8 +1,12 @@
 import itertools
 
 import pytest
+import torch
 
-from hif4c.compiler.steps import StepError, choose_ranges
+from hif4c.compiler.calibration_inputs import Call
+from hif4c.compiler.steps import StepError, choose_ranges, measure_steps
+from hif4c.runtime.errors import Hif4Error
+from tests.support.forked_ranks import in_ranks
 
 
 def step(timestep: float, norm_gain: float, expert: str = "transformer") -> StepError:
@@ -81,3 +85,43 @@ def test_the_steps_of_an_expert_without_a_second_program_still_have_their_place(
 def test_nothing_to_choose_from():
     assert choose_ranges([], {}) == {}
     assert choose_ranges([step(1000, 0.1)], {"transformer": 1.0}) == {"transformer": [(0, 1000)]}
+
+
+class Recorded:
+    """Seven calls at three timesteps with outputs of sizes that fp64 sums round, and a model that is off by a share."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.outputs = [torch.randn(2, 3, 1, 4, 4, generator=generator) * 10.0**index for index in range(7)]
+        self.call_count = 7
+
+    def calls(self):
+        for index, output in enumerate(self.outputs):
+            yield Call(output, torch.full((2,), [900.0, 500.0, 100.0][index % 3]), output), output
+
+    def variant(self, name):
+        return lambda hidden, timestep, text, return_dict: (hidden * (1.1 if name is None else 1.01),)
+
+
+def test_ranks_measure_what_one_process_measures():
+    """To the bit, though sums of the ranks' sums would not be; each rank runs its own calls."""
+    told = []
+
+    def run(ranks):
+        del told[:]
+        return measure_steps("transformer", Recorded(), Recorded(), told.append, ranks=ranks), len(told)
+
+    ((expected, count),) = in_ranks(1, run)
+    assert count == 7
+    assert [error.timestep for error in expected] == [900, 500, 100]
+    assert all(error.w4a4 == pytest.approx(0.01, rel=1e-5) for error in expected)
+    assert in_ranks(3, run) == [(expected, 3), (expected, 2), (expected, 2)]
+
+
+def test_a_rank_that_cannot_measure_ends_the_others():
+    class Broken(Recorded):
+        def variant(self, name):
+            raise Hif4Error("broken")
+
+    found = in_ranks(2, lambda ranks: measure_steps("t", [Recorded, Broken][ranks.rank](), Recorded(), ranks=ranks))
+    assert [str(error) for error in found] == ["rank 1 failed: broken", "broken"]
