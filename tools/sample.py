@@ -39,6 +39,12 @@ def sample(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     kernels: Annotated[str, typer.Option(help=KERNELS_HELP)] = "auto",
+    keep: Annotated[
+        str, typer.Option(help="both experts in memory, or active: only the one that serves the current step.")
+    ] = "both",
+    offload: Annotated[
+        str, typer.Option(help="none, or blocks: of an expert, two transformer blocks at a time are on the device.")
+    ] = "none",
 ) -> None:
     """Sample one clip: mp4, gif and a contact sheet.
 
@@ -65,7 +71,9 @@ def sample(
             silence()
         with ranks.together():
             place = ranks.device if ranks.device.type == "cuda" else device
-            pipeline = load_pipeline(artifact, base=find_base(base), device=place, kernels=kernels)
+            pipeline = load_pipeline(
+                artifact, base=find_base(base), device=place, kernels=kernels, keep=keep, offload=offload
+            )
             settings.check(pipeline)
         shared = split_guidance(pipeline) if ranks.count > 1 else contextlib.nullcontext()
         with shared, Reporter.open(silent=not ranks.first) as report:

@@ -210,7 +210,9 @@ def test_the_command(wan_tiny_artifact, tmp_path, capfd):
         folder = tmp_path / f"{ranks.count} ranks"
         with mock.patch.object(ranks_module, "start_ranks", return_value=contextlib.nullcontext(ranks)):
             clip = folder / f"{ranks.rank}.mp4"
-            sample(wan_tiny_artifact, PROMPT, clip, steps=2, frames=5, negative_prompt="blue", kernels="portable")
+            keep = "both" if ranks.count == 1 else "active"
+            asked = {"steps": 2, "frames": 5, "negative_prompt": "blue", "kernels": "portable", "keep": keep}
+            sample(wan_tiny_artifact, PROMPT, clip, **asked)
 
     for count in (1, 2):
         assert in_ranks(count, work) == [None] * count
