@@ -123,13 +123,16 @@ class Checkpoint:
             self._check_finite(name, tensor)
         return tensor
 
+    def prefetch(self, name: str) -> None:
+        """Begin to read a tensor from the disk, without waiting for it."""
+        file, stored = self._place(name)
+        file.prefetch(stored)
+
     def digest(self, name: str, tensor: torch.Tensor) -> str:
         """sha256 of the bytes of a tensor that was read; Hif4Error when it holds a NaN or an infinity.
 
         Its memory is given back piece by piece; the tensor stays valid.
         """
-        file, stored = self._place(name)
-        file.prefetch(stored)
         result, flat = hashlib.sha256(), tensor.reshape(-1)
         for piece in flat.split(max(1, _PIECE_BYTES // flat.itemsize)) if flat.numel() else ():
             self._check_finite(name, piece)

@@ -13,7 +13,7 @@ import torch
 from hif4c.compiler.calibration import ExpertCalibration, Group
 from hif4c.compiler.checkpoint import Checkpoint
 from hif4c.compiler.journal import Entry, Journal
-from hif4c.compiler.masks import MaskChoice, channel_mask, choose_mask, relative_error, round_trip
+from hif4c.compiler.masks import MaskChoice, channel_mask, choose_mask, column_maxima, relative_error, round_trip
 from hif4c.compiler.plan import ExpertPlan, PlannedLinear, packed_bytes
 from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.compiler.recipe import LARGEST, SEARCH, Recipe
@@ -251,8 +251,7 @@ def _choose_mask(
         return _without_outliers(activation, recipe.outlier_columns)
     largest = torch.zeros(group.channels)
     for path in readers:
-        largest = torch.maximum(largest, checkpoint.read(f"{path}.weight").abs().amax(0).float())
-        checkpoint.release(f"{path}.weight")
+        largest = torch.maximum(largest, column_maxima(checkpoint, f"{path}.weight"))
     # A mask moves a channel's size between input and weight; the product stays.
     kept = _without_outliers(activation * largest, recipe.outlier_columns)
     if recipe.alpha == SEARCH:

@@ -11,15 +11,28 @@ from dataclasses import dataclass
 
 import torch
 
+from hif4c.compiler.checkpoint import Checkpoint
 from hif4c.passes.program import inverse_mask
 from hif4c.runtime.format import dequantize
 from hif4c.runtime.rotation import block_hadamard
 
-__all__ = ["ALPHAS", "MaskChoice", "channel_mask", "choose_mask", "relative_error", "rotated", "round_trip"]
+__all__ = [
+    "ALPHAS",
+    "MaskChoice",
+    "channel_mask",
+    "choose_mask",
+    "column_maxima",
+    "relative_error",
+    "rotated",
+    "round_trip",
+]
 
 ALPHAS = tuple(index / 10 for index in range(11))
 FLOOR = 1e-5
 """Statistics below this share of the largest one are raised to it: a dead channel must not get an infinite mask."""
+
+BLOCK_ELEMENTS = 1 << 22
+"""Elements of a weight that are in memory at once where all of it is looked at."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,17 @@ def channel_mask(activation: torch.Tensor, weight: torch.Tensor, alpha: float) -
     w, dead_weights = _floored(weight.double())
     mask = w ** (1 - alpha) / a**alpha
     return (mask / mask.log().mean().exp()).float(), int((dead_inputs | dead_weights).sum())
+
+
+def column_maxima(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    """The largest |W[:, j]| of every column of a weight [N, K], float32 [K]; its memory is given back as it goes."""
+    checkpoint.prefetch(name)
+    weight = checkpoint.read(name)
+    largest = torch.zeros(weight.shape[1])
+    for block in weight.split(max(1, BLOCK_ELEMENTS // weight.shape[1])):
+        largest = torch.maximum(largest, block.abs().amax(0).float())
+        checkpoint.release(name)
+    return largest
 
 
 def choose_mask(

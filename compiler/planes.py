@@ -289,6 +289,7 @@ def pack_tensors(
         if first.source is None:
             values = {source.name: source.value for source in sources if source.value is not None}
             return PackedTensor(None, values, None, 0, None)
+        checkpoint.prefetch(first.source)
         tensor = checkpoint.read(first.source)
         digest = checkpoint.digest(first.source, tensor)
         if first.plane == "whole":

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import mmap
 from pathlib import Path
@@ -6,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hif4c.compiler import checkpoint as checkpoint_module
 from hif4c.compiler.checkpoint import Checkpoint, Fingerprint
 from hif4c.runtime.errors import Hif4Error
-from hif4c.runtime.safetensors_stream import StreamingWriter, TensorSpec
+from hif4c.runtime.safetensors_stream import StreamingWriter, TensorFile, TensorSpec
 from tests.support.checkpoints import VARIANTS, build_transformer, write_diffusers_model, write_wan_model
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -122,6 +124,36 @@ def test_resident_memory_does_not_grow_with_the_tensors_read(tmp_path):
 
     assert growth(release=True) < 6
     assert growth(release=False) > 40  # or the measurement would not see what it is there to see
+
+
+def test_a_digest_is_that_of_the_bytes_and_sees_what_is_not_finite(tmp_path, monkeypatch):
+    """In pieces, the last of them shorter."""
+    monkeypatch.setattr(checkpoint_module, "_PIECE_BYTES", 1 << 12)
+    tensors = {"a": torch.arange(3000.0).view(3, 1000), "b": torch.ones(5000).bfloat16(), "empty": torch.empty(0, 3)}
+    tensors["b"][-1] = torch.inf
+    save_file(tensors, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        for name in ("a", "empty"):
+            checkpoint.prefetch(name)
+            found = checkpoint.digest(name, checkpoint.read(name))
+            assert found == hashlib.sha256(tensors[name].numpy().tobytes()).hexdigest()
+        with pytest.raises(Hif4Error, match="b holds NaN or infinite values"):
+            checkpoint.digest("b", checkpoint.read("b"))
+
+
+def test_the_cache_forgets_what_was_released_some_tensors_ago(tmp_path, monkeypatch):
+    """But not what was read again, and each only once."""
+    monkeypatch.setattr(checkpoint_module, "_KEPT_BYTES", 800)
+    forgotten = []
+    monkeypatch.setattr(TensorFile, "forget", lambda self, name: forgotten.append(name))
+    save_file({name: torch.zeros(100) for name in "abcde"}, tmp_path / "model.safetensors")
+    with Checkpoint(tmp_path) as checkpoint:
+        for name, expected in (("a", ""), ("b", ""), ("a", ""), ("c", "b"), ("d", "ba"), ("d", "ba")):
+            checkpoint.release(name)
+            assert "".join(forgotten) == expected
+        checkpoint.read("c")
+        checkpoint.release("e")
+        assert "".join(forgotten) == "ba"
 
 
 def test_check_reports_each_kind_in_one_message(tmp_path):

@@ -218,6 +218,23 @@ def test_views_are_not_copies_and_outlive_the_file(tmp_path):
     assert torch.equal(second, torch.arange(1024.0))
 
 
+def test_advice_to_the_system_changes_nothing(tmp_path):
+    """Read ahead, released, forgotten by the cache, also when the file has gone."""
+    save_file({"a": torch.arange(1 << 20).float(), "empty": torch.empty(0)}, tmp_path / "x.safetensors")
+    with TensorFile(tmp_path / "x.safetensors") as file:
+        for name in ("a", "empty"):
+            file.prefetch(name)
+            file.read(name).sum()
+            file.release(name)
+            file.forget(name)
+        assert torch.equal(file.read("a"), torch.arange(1 << 20).float())
+        (tmp_path / "x.safetensors").unlink()
+        file.prefetch("a")
+        file.forget("a")
+        assert torch.equal(file.read("a"), torch.arange(1 << 20).float())
+        assert file.nbytes("a") == 4 << 20
+
+
 def test_info_and_unknown_names(tmp_path):
     save_file({"a": torch.zeros(2, 3, dtype=torch.bfloat16)}, tmp_path / "x.safetensors")
     with TensorFile(tmp_path / "x.safetensors") as file:
