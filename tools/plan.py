@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from hif4c.tools.console import console, make_table, run_command
+from hif4c.tools.console import console, make_table, parse_size, run_command
 from hif4c.tools.plan_estimate import show_estimate
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ def plan(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where the artifact would go, for --estimate. Default: here.")
     ] = None,
+    size: Annotated[str | None, typer.Option(help="As for calibrate: WIDTHxHEIGHT, for --estimate.")] = None,
+    frames: Annotated[int | None, typer.Option(help="As for calibrate: frames of a clip, for --estimate.")] = None,
+    calls: Annotated[int | None, typer.Option(min=1, help="As for calibrate: recorded calls, for --estimate.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
 ) -> None:
     """Show every linear with its shape, precision, reason and bytes.
@@ -73,9 +76,11 @@ def plan(
         console.print(_explain(chosen), highlight=False, markup=False, soft_wrap=True)
     if estimate:
         named = {name: plans[description.configs[name], chosen] for name, chosen in recipes.items()}
-        show_estimate(
-            model, description, recipes, named, output or Path(f"{description.source.replace('/', '-')}.hif4")
-        )
+        place = output or Path(f"{description.source.rpartition('/')[2]}.hif4")
+        width, height = parse_size(size)
+        asked = {"width": width, "height": height, "frames": frames, "calls": calls}
+        given = {key: value for key, value in asked.items() if value is not None}
+        show_estimate(model, description, recipes, named, place, given)
 
 
 def _explain(recipe: Recipe) -> str:

@@ -28,6 +28,7 @@ def show_estimate(
     recipes: Mapping[str, Recipe],
     plans: Mapping[str, ExpertPlan],
     output: Path,
+    calibration: Mapping[str, int],
 ) -> None:
     """Measure this machine and print two tables.
 
@@ -37,6 +38,7 @@ def show_estimate(
         recipes: expert -> recipe.
         plans: of the same experts.
         output: the artifact's directory, for its disk.
+        calibration: what was asked for: "width", "height", "frames", "calls".
     """
     from hif4c.compiler import estimate
     from hif4c.compiler.disk_space import compile_disk, components_bytes, existing_folder
@@ -44,7 +46,7 @@ def show_estimate(
 
     location = _locate(model)
     stored, files = _stored(location, plans)
-    load = _calibration_load(description)
+    load = _calibration_load(description, calibration)
     calls = () if load is None else (load.tokens * load.batch,) * load.calls
     works = {
         name: estimate.Workload(
@@ -94,8 +96,8 @@ def _stored(location: ModelLocation | None, plans: Mapping[str, ExpertPlan]) -> 
     return stored, [file for name in plans for file in sorted(location.experts[name].glob("*.safetensors"))]
 
 
-def _calibration_load(description: ModelDescription) -> CalibrationLoad | None:
-    """What `hif4c calibrate` runs without options; None for a model without usual settings."""
+def _calibration_load(description: ModelDescription, asked: Mapping[str, int]) -> CalibrationLoad | None:
+    """What `hif4c calibrate` runs, by default but for what was asked; None for a model without usual settings."""
     from hif4c.compiler.calibration_run import SMALL_MODEL_BATCH, SMALL_WIDTH, CalibrationOptions
     from hif4c.compiler.estimate import CalibrationLoad, latent_tokens
     from hif4c.compiler.sampling_defaults import sampling_defaults
@@ -104,12 +106,12 @@ def _calibration_load(description: ModelDescription) -> CalibrationLoad | None:
     defaults, options = sampling_defaults(description.configs), CalibrationOptions()
     if defaults is None:
         return None
-    settings = SamplingSettings.from_defaults(defaults)
+    settings = SamplingSettings.from_defaults(defaults, **{key: asked[key] for key in asked if key != "calls"})
     config = next(iter(description.configs.values()))
     passes = options.count * settings.steps * (2 if settings.guidance > 1 else 1)
     batch = SMALL_MODEL_BATCH if config.inner_dim <= SMALL_WIDTH else 1
     tokens = latent_tokens(config, settings.height, settings.width, settings.frames)
-    return CalibrationLoad(tokens, passes, options.calls, batch)
+    return CalibrationLoad(tokens, passes, asked.get("calls", options.calls), batch)
 
 
 def _times(title: str, parts: Mapping[str, Sequence[Step]]) -> Table:

@@ -69,6 +69,15 @@ def test_what_does_not_fit_is_said(plan):
     assert "a smaller --size or fewer --calls" in text
 
 
+def test_a_smaller_calibration(plan):
+    """832 x 480 x 81 are 52 x 30 x 21 tokens, of 16 x 16 pixels and 4 frames each; 256 x 256 x 17 are 16 x 16 x 5."""
+    text = plan("Wan2.2-T2V-A14B", "--size", "256x256", "--frames", "17", "--calls", "4")
+    assert "4 calls of each expert with 1,280 tokens a clip" in text
+    space = text.split("memory and disk")[1]
+    assert "(too much)" not in row(space, "compile")[0]
+    assert "32,760 tokens" in plan("Wan2.2-T2V-A14B")
+
+
 def test_weights_that_are_here(plan, tmp_path, monkeypatch):
     """Their own bytes, float32 as they are; and their files are what the disk's speed is read from."""
     monkeypatch.chdir(tmp_path)
