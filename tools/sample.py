@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from hif4c.tools.console import KERNELS_HELP, MAX_SEED, Reporter, console, find_base, parse_size, run_command, silence
+from hif4c.tools.console import KERNELS_HELP, MAX_SEED, Reporter, console, find_base, parse_size, run_command
+from hif4c.tools.ranks import speaking_ranks
 
 __all__ = ["sample"]
 
@@ -51,7 +52,6 @@ def sample(
     With `torchrun --nproc-per-node 2 --no-python hif4c sample ...` two processes, on two GPUs or on the CPU, share the
     work of every step: one predicts with the prompt and the other with the negative prompt. The clip is the same.
     """
-    from hif4c.compiler.ranks import start_ranks
     from hif4c.runtime.artifact import open_artifact
     from hif4c.runtime.media import check_clip_path, save_clip
     from hif4c.runtime.parallel_guidance import check_guidance_ranks, split_guidance
@@ -65,11 +65,9 @@ def sample(
         model["sampling"], height=height, width=width, frames=frames, steps=steps, guidance=guidance
     )
     first_frame = open_image(image, model["pipeline_class"], settings)
-    with start_ranks(device) as ranks:
-        check_guidance_ranks(ranks.count, settings.guidance)
-        if not ranks.first:
-            silence()
+    with speaking_ranks(device) as ranks:
         with ranks.together():
+            check_guidance_ranks(ranks.count, settings.guidance)
             place = ranks.device if ranks.device.type == "cuda" else device
             pipeline = load_pipeline(
                 artifact, base=find_base(base), device=place, kernels=kernels, keep=keep, offload=offload
