@@ -15,15 +15,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hif4c.tools.console import MAX_SEED, Reporter, console, make_table, progress_bar, run
+from hif4c.tools.bench_output import (
+    Markdown,
+    Output,
+    check_outputs,
+    machine_sentence,
+    show_tables,
+    write_values,
+)
+from hif4c.tools.bench_scale import scale
+from hif4c.tools.console import MAX_SEED, console, make_table, progress_bar, run
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from hif4c.compiler.recipe import Recipe
     from hif4c.compiler.synthetic_ladder import LayerFigures
 
-__all__ = ["app", "layers", "linear", "model", "scale", "static", "step"]
+__all__ = ["app", "layers", "linear", "model", "static", "step"]
 
 SHAPES = "1536x1536,1536x8960,5120x5120,5120x13824,13824x5120"
 ROWS = "1,4,8,256,2048"
@@ -40,8 +47,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Measure a part by itself: what it costs on this machine, or what it leaves of the numbers.",
 )
-Output = Annotated[Path | None, typer.Option("--output", "-o", dir_okay=False, help="Write the figures as JSON.")]
-Markdown = Annotated[Path | None, typer.Option(dir_okay=False, help="Write the tables as Markdown.")]
+app.command("scale")(scale)
 Plot = Annotated[Path | None, typer.Option(dir_okay=False, help="Draw them into this PNG.")]
 Threads = Annotated[str | None, typer.Option(help="Threads; several with commas. Default: torch's.")]
 
@@ -77,7 +83,7 @@ def linear(
     teams = _threads(threads)
     names = [item.strip() for item in formats.split(",")] if formats else list(FORMATS)
     check_formats(names)
-    _check_outputs(output, markdown, plot)
+    check_outputs(output, markdown, plot)
     machine = _select(kernels)
     figures = []
     with progress_bar("measuring", len(sizes) * len(counts) * len(teams)) as advance:
@@ -87,15 +93,15 @@ def linear(
                 for m in counts:
                     figures.append(measure_linear(m, k, n, names, seconds=seconds, repetitions=repetitions))
                     advance(1)
-    _show(linear_tables(figures), _sentence(machine), markdown)
+    show_tables(linear_tables(figures), machine_sentence(machine), markdown)
     for name, reason in {name: reason for item in figures for name, reason in item.missing.items()}.items():
         console.print(f"{name} was not measured: {reason}", highlight=False, markup=False)
-    _write(output, {"machine": machine, "linear": [item.to_dict() for item in figures]})
+    write_values(output, {"machine": machine, "linear": [item.to_dict() for item in figures]})
     if plot is not None:
         from hif4c.compiler.bench_plots import plot_linear
         from hif4c.compiler.plots import save_figure
 
-        save_figure(plot_linear(figures, _sentence(machine)), plot)
+        save_figure(plot_linear(figures, machine_sentence(machine)), plot)
 
 
 @app.command("step")
@@ -136,7 +142,7 @@ def step(
     options = StepOptions(
         width, heads, ffn, layers, text_dim, text, latents, repetitions, torch_compile, memory, kernels
     )
-    _check_outputs(output, markdown, plot)
+    check_outputs(output, markdown, plot)
     if threads is not None:
         torch.set_num_threads(threads)
     machine = _select(kernels)
@@ -152,13 +158,13 @@ def step(
                 console.print(f"  {value}", highlight=False, markup=False)
 
         result = measure_steps(options, Path(directory), show)
-    _show(step_tables(result), _sentence(machine), markdown)
-    _write(output, {"machine": machine, **result.to_dict()})
+    show_tables(step_tables(result), machine_sentence(machine), markdown)
+    write_values(output, {"machine": machine, **result.to_dict()})
     if plot is not None:
         from hif4c.compiler.bench_plots import plot_step
         from hif4c.compiler.plots import save_figure
 
-        save_figure(plot_step(result, _sentence(machine)), plot)
+        save_figure(plot_step(result, machine_sentence(machine)), plot)
 
 
 @app.command("static")
@@ -177,7 +183,7 @@ def static(
     from hif4c.tools.bench_tables import static_table
 
     check_targets(target or [])
-    _check_outputs(output, markdown)
+    check_outputs(output, markdown)
     figures = []
     tables = []
     with tempfile.TemporaryDirectory(prefix="hif4c-bench-") as directory:
@@ -188,8 +194,8 @@ def static(
                 found = analyse_kernels(name, folder, lambda text, advance=advance: advance(1))  # type: ignore[misc]
             tables.append(static_table(name, found))
             figures += found
-    _show(tables, "", markdown)
-    _write(output, {"static": [item.to_dict() for item in figures]})
+    show_tables(tables, "", markdown)
+    write_values(output, {"static": [item.to_dict() for item in figures]})
 
 
 @app.command("model")
@@ -208,49 +214,13 @@ def model(
 
     config = next(iter(load_builtin(name).experts.values()))
     counts = [_number(item) for item in tokens.split(",")]
-    _check_outputs(output, markdown)
+    check_outputs(output, markdown)
     blocks = [model_block(gpu, config, count) for count in counts for gpu in GPUS]
     tables = [model_table(name, count, [item for item in blocks if item.tokens == count]) for count in counts]
-    _show(tables, "A model from data sheets and instruction counts: nothing here was measured on a GPU.", markdown)
-    _write(output, {"model": name, "measured": False, "blocks": [item.to_dict() for item in blocks]})
-
-
-@app.command("scale")
-def scale(
-    model: Annotated[str, typer.Argument(help="Wan2.2-T2V-A14B, Wan2.2-I2V-A14B, Wan2.2-TI2V-5B or wan-tiny.")],
-    directory: Annotated[
-        Path, typer.Option("--dir", help="Receives the synthetic checkpoint and the artifact, which stay there.")
-    ],
-    experts: Annotated[
-        str | None, typer.Option(help="Only these, with commas: transformer, transformer_2. Default: the model's.")
-    ] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Transformer blocks. Default: the model's.")] = None,
-    recipe: Annotated[str, typer.Option(help="Recipe of the artifact.")] = "rtn",
-    calibration: Annotated[Path | None, typer.Option(help="For a recipe that needs one.")] = None,
-    latent: Annotated[str, typer.Option(help="Latent FRAMESxHEIGHTxWIDTH of the step that is timed.")] = "1x24x52",
-    text: Annotated[int, typer.Option(min=1, max=4096, help="Its text tokens.")] = 512,
-    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the checkpoint.")] = 0,
-    output: Output = None,
-    markdown: Markdown = None,
-) -> None:
-    """Compile, verify, load and run a model at its full size, from a synthetic checkpoint; and the disk by itself.
-
-    The checkpoint is made by tools/make_checkpoint.py's code, or used again when it is there. Every stage is a process
-    of its own, and begins with nothing of its files in the page cache. Reads and writes are those that reached a disk.
-    A14B with both experts takes 57 GB for the checkpoint and 17 GB for the artifact.
-    """
-    from hif4c.compiler.bench_scale import ScaleOptions, measure_scale
-    from hif4c.compiler.bench_timing import describe_machine
-    from hif4c.tools.bench_tables import scale_tables
-
-    chosen = None if experts is None else tuple(name.strip() for name in experts.split(","))
-    options = ScaleOptions(model, chosen, layers, recipe, calibration, latent, text, seed)
-    _check_outputs(output, markdown)
-    with Reporter.open() as report:
-        result = measure_scale(options, directory, report)
-    machine = describe_machine("auto")
-    _show(scale_tables(result), _sentence(machine), markdown)
-    _write(output, {"machine": machine, **result.to_dict()})
+    show_tables(
+        tables, "A model from data sheets and instruction counts: nothing here was measured on a GPU.", markdown
+    )
+    write_values(output, {"model": name, "measured": False, "blocks": [item.to_dict() for item in blocks]})
 
 
 @app.command("layers")
@@ -334,43 +304,6 @@ def _select(kernels: str) -> dict[str, Any]:
     registry.select(kernels)
     native = registry.is_enabled()
     return describe_machine(INSTRUCTION_SETS[registry.enable().instruction_set] if native else "plain torch")
-
-
-def _sentence(machine: dict[str, Any]) -> str:
-    load = "" if machine["load"] is None else f", load {machine['load']:.1f}"
-    return (
-        f"{machine['processor']}, {machine['processors']} processors{load}; torch {machine['torch']}; "
-        f"kernels: {machine['kernels']}"
-    )
-
-
-def _check_outputs(*paths: Path | None) -> None:
-    """So that a path that cannot be written is said before the long part."""
-    for path in paths:
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix.lower() == ".png":
-                import matplotlib  # noqa: F401
-
-
-def _show(tables: Sequence[Table], sentence: str, markdown: Path | None) -> None:
-    """Print tables below a sentence, and write both as Markdown."""
-    from hif4c.tools.bench_tables import to_markdown
-
-    if sentence:
-        console.print(sentence, highlight=False, markup=False)
-    for table in tables:
-        console.print(table)
-    if markdown is not None:
-        text = "\n".join([*([f"{sentence}\n"] if sentence else []), *map(to_markdown, tables)])
-        markdown.write_text(text, encoding="utf-8")
-
-
-def _write(output: Path | None, values: dict[str, Any]) -> None:
-    from hif4c.tools.ladder import write_figures
-
-    if output is not None:
-        write_figures(values, output)
 
 
 def _threads(text: str | None) -> list[int]:
