@@ -18,6 +18,8 @@ from hif4c.compiler.calibration_inputs import calls_from_clips, calls_from_traje
 from hif4c.compiler.calibration_memory import check_pipeline_fits
 from hif4c.compiler.calibration_writer import check_calibration_path, scratch_folder
 from hif4c.compiler.checkpoint import Checkpoint
+from hif4c.compiler.disk_space import check_disk
+from hif4c.compiler.estimate import calibration_disk, latent_tokens
 from hif4c.compiler.locate import ModelDescription, ModelLocation
 from hif4c.compiler.lora import FusedCheckpoint, LoraFile
 from hif4c.compiler.ranks import ALONE, Ranks
@@ -114,6 +116,9 @@ def run_calibration(
             raise Hif4Error(f"{location.root}: has no pipeline (model_index.json); calibrate a diffusers directory.")
         loras = _check_loras(location, options, events if ranks.first else lambda event, value: None)
         check_calibration_path(output)
+        size = latent_tokens(next(iter(location.configs.values())), settings.height, settings.width, settings.frames)
+        tokens = options.calls * (options.batch or _usual_batch(location)) * size
+        check_disk(output, calibration_disk(location.configs, tokens), doing="calibrating")
     with scratch_folder(output, ranks) as folder:
         make_calls = _calls_from_trajectory if options.clips is None else _calls_from_clips
         calls, source = make_calls(location, settings, options, folder, device, ranks, events)

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hif4c.compiler import calibration_run
 from hif4c.compiler import disk_space as module
 from hif4c.compiler.components import copy_components
 from hif4c.compiler.disk_space import check_disk, compile_disk, components_bytes, present_bytes, recorded_tokens
-from hif4c.compiler.locate import describe_model
+from hif4c.compiler.locate import describe_model, locate_model
 from hif4c.compiler.models import tiny_directory
 from hif4c.compiler.plan import make_plan
 from hif4c.compiler.recipe import Recipe, load_recipe
@@ -135,6 +136,16 @@ def test_a_real_artifact_is_no_larger(wan_tiny_artifact):
     experts = ("transformer", "transformer_2")
     weights = sum(size for path, size in sizes.items() if path.suffix == ".safetensors" and path.parent.name in experts)
     assert weights == pytest.approx(needs["weights"], rel=0.1)
+
+
+def test_a_calibration_asks_first(tmp_path, free, monkeypatch):
+    """Before it loads anything."""
+    free(1000)
+    monkeypatch.setattr(calibration_run, "load_components", None)
+    output = tmp_path / "calibration.safetensors"
+    with pytest.raises(Hif4Error, match=r"calibration\.safetensors: calibrating needs .* and 1\.0 kB are free in"):
+        calibration_run.run_calibration(locate_model("wan-tiny"), output, calibration_run.CalibrationOptions())
+    assert list(tmp_path.iterdir()) == []
 
 
 class Recorded:
