@@ -194,6 +194,7 @@ class _Pass:
         self._bins = [_bin(calls[index].noise_level, edges) for index in self._mine]
         self._bin_count = len(edges) - 1
         self._open: dict[str, _OpenGroup] = {}
+        self._sample = 0
 
     def run(self, store: CheckpointStore, device: torch.device | str) -> None:
         """Run this rank's calls; their outputs are in files afterwards."""
@@ -223,6 +224,9 @@ class _Pass:
 
     def on_input(self, number: int, node: Node, sample: int, value: Any) -> None:
         """Take a call's input of a group's first reader into account."""
+        if sample != self._sample:  # the program reads its inputs in the first segment and not again
+            _release(self._calls, self._mine[self._sample])
+            self._sample = sample
         path = _linear_path(self._graph, node)
         if path is None or path not in self._left:
             return
@@ -236,7 +240,6 @@ class _Pass:
             raise Hif4Error(
                 f"{self._expert}, input of {path}: {error}; check the weights and the calibration's samples."
             ) from None
-        _release(self._calls, index)  # read in the first segment and not again
         if len(opened.rows) == len(self._mine):
             self._finish(self._open.pop(path))
 
