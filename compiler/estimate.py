@@ -36,7 +36,7 @@ __all__ = [
     "latent_tokens",
 ]
 
-UNCERTAINTY = 2.0
+UNCERTAINTY = 3.0
 """Times are right within this factor, where the machine stays as busy as it is during the measurement."""
 
 # Interpreted work, in turns of the probe's loop.
