@@ -7,13 +7,18 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from hif4c.compiler import calibrate as calibrate_module
+from hif4c.compiler import calibration_memory as memory_module
 from hif4c.compiler import calibration_run as module
 from hif4c.compiler.calibration import Calibration
+from hif4c.compiler.calibration_memory import pipeline_bytes
 from hif4c.compiler.calibration_run import CalibrationOptions, builtin_prompts, run_calibration
+from hif4c.compiler.checkpoint import Checkpoint
 from hif4c.compiler.locate import describe_model, locate_model
+from hif4c.compiler.lora import fuse_loras
 from hif4c.compiler.tiny.world import all_captions, held_out_attributes, held_out_prompts, render_batch
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.media import save_clip
@@ -119,6 +124,55 @@ def test_a_run_over_a_pipeline(tiny, captures, tmp_path, monkeypatch):
     assert filled == totals
     assert totals[0] == 2 * 2
     assert len(totals) == 3
+
+
+def test_loras_are_in_the_samples_in_the_pass_and_in_the_header(tiny, captures, tmp_path, monkeypatch):
+    """The pass runs the very weights that sampled, so its outputs are those of the fused pipeline."""
+    monkeypatch.setattr(calibrate_module, "capture", captures)
+    name = "blocks.0.attn1.to_q"
+    with Checkpoint(tiny.experts["transformer"]) as checkpoint:
+        rows, columns = checkpoint.shape(f"{name}.weight")
+    factors = {f"{name}.lora_A.weight": torch.ones(2, columns), f"{name}.lora_B.weight": torch.ones(rows, 2)}
+    save_file(factors, tmp_path / "l.safetensors")
+    loras = {"transformer": ((tmp_path / "l.safetensors", 0.5),)}
+    sampled = []
+    sample = module.calls_from_trajectory
+
+    def watched(pipeline, *arguments, **options):
+        sampled.append(pipeline.transformer.get_parameter(f"{name}.weight").clone())
+        return sample(pipeline, *arguments, **options)
+
+    monkeypatch.setattr(module, "calls_from_trajectory", watched)
+    options = CalibrationOptions(count=1, calls=1, batch=1, sampling=SHORT, loras=loras)
+    run_calibration(tiny, tmp_path / "c", options)
+    with (
+        Calibration(tmp_path / "c") as calibration,
+        Checkpoint(tiny.experts["transformer"]) as stored,
+        fuse_loras(stored, loras["transformer"], "transformer") as fused,
+    ):
+        assert torch.equal(sampled[0], fused.read(f"{name}.weight").to(sampled[0].dtype))
+        assert not torch.equal(sampled[0], stored.read(f"{name}.weight").to(sampled[0].dtype))
+        assert calibration.experts["transformer"].fingerprint == fused.fingerprint() != stored.fingerprint()
+        assert calibration.runs[0]["loras"] == {"transformer": fused.record}
+
+
+@pytest.mark.usefixtures("no_sampling")
+def test_a_lora_for_an_expert_that_is_not_there(tiny, tmp_path):
+    options = CalibrationOptions(loras={"transformer_3": ((tmp_path / "l", 1.0),)})
+    with pytest.raises(Hif4Error, match=r"has no transformer_3 for a LoRA, only transformer, transformer_2"):
+        run_calibration(tiny, tmp_path / "c", options)
+
+
+@pytest.mark.usefixtures("no_sampling")
+def test_a_pipeline_that_does_not_fit_is_not_loaded(tiny, tmp_path, monkeypatch):
+    needed = pipeline_bytes(tiny)
+    stored = sum(path.stat().st_size for path in tiny.root.rglob("*.safetensors"))
+    assert 0.9 * stored < needed < 1.1 * stored  # bf16 in the files as in memory; headers and small files aside
+    monkeypatch.setattr(memory_module, "_memory_of", lambda device: needed - 1)
+    words = r"needs the whole pipeline in memory, [\d.]+ MB, and cpu has [\d.]+ MB; calibrate from clips \(--clips"
+    with pytest.raises(Hif4Error, match=words):
+        run_calibration(tiny, tmp_path / "c", CalibrationOptions())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_given_prompts_are_used(tiny, stopped, tmp_path):
