@@ -189,7 +189,8 @@ class Calibration:
         """Refuse (Hif4Error) a file that was made from other weights."""
         if self.expert(name).fingerprint != fingerprint:
             raise Hif4Error(
-                f"{self.path}: was made from other weights than this {name} (of {self.model}); calibrate this model."
+                f"{self.path}: was made from other weights than this {name} (of {self.model}); calibrate this model, "
+                "with the same LoRAs."
             )
 
     @property

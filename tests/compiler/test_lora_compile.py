@@ -4,12 +4,17 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hif4c.compiler import calibrate as calibrate_module
+from hif4c.compiler.calibrate import calibrate
+from hif4c.compiler.calibration import Calibration
 from hif4c.compiler.checkpoint import Checkpoint
+from hif4c.compiler.locate import locate_model
 from hif4c.compiler.lora import fuse_loras
 from hif4c.compiler.report import render_report
 from hif4c.runtime.artifact import open_artifact
@@ -65,8 +70,8 @@ def manifest(path: Path) -> Any:
 
 def test_same_bytes_as_fused_before(models, loras, fused_before, quick_compile, tmp_path):
     """But for what the manifest and the report say of the LoRAs, and of where the model was."""
-    fused = quick_compile(models["t2v"].directory, tmp_path / "fused", loras=loras)
-    before = quick_compile(fused_before, tmp_path / "before")
+    fused = quick_compile(models["t2v"].directory, tmp_path / "fused", loras=loras, golden=False)
+    before = quick_compile(fused_before, tmp_path / "before", golden=False)
     told = ("manifest.json", "report.json", "report.html")
     first, second = contents(fused), contents(before)
     assert first.keys() == second.keys()
@@ -86,11 +91,18 @@ def test_same_bytes_as_fused_before(models, loras, fused_before, quick_compile, 
     assert render_report(open_artifact(fused))[2].title == "LoRAs in the weights"
 
 
-def test_a_calibration_of_other_weights_is_refused(calibrated, loras, quick_compile, tmp_path):
-    """One of the model without its LoRAs, too: masks and roundings are made for the weights."""
-    with pytest.raises(Hif4Error, match="was made from other weights than this transformer"):
-        quick_compile(
-            calibrated.directory, tmp_path / "out", "tail-aware", calibration=calibrated.path,
-            loras={"transformer": loras["transformer"]},
-        )  # fmt: skip
-    assert not (tmp_path / "out").exists()
+def test_a_calibration_is_of_the_fused_weights(calibrated, captures, loras, quick_compile, tmp_path):
+    """One that was made with the LoRAs serves a compile with them; one of the model without them is refused."""
+    mine, path, output = {"transformer": loras["transformer"]}, tmp_path / "calibration.safetensors", tmp_path / "out"
+    with pytest.raises(Hif4Error, match=r"was made from other weights than this transformer .* with the same LoRAs"):
+        quick_compile(calibrated.directory, output, "tail-aware", calibration=calibrated.path, loras=mine)
+    assert not output.exists()
+    with mock.patch.object(calibrate_module, "capture", captures):
+        calibrate(locate_model(str(calibrated.directory)), {"transformer": calibrated.calls}, path, [], loras=mine)
+    with Calibration(path) as found:
+        assert found.expert("transformer").fingerprint != calibrated.calibration.fingerprint
+    quick_compile(calibrated.directory, output, "tail-aware", calibration=path, loras=mine)
+    (expert,) = manifest(output)["experts"].values()
+    assert [item["tensors"] for item in expert["loras"]] == [1, 3]
+    with pytest.raises(Hif4Error, match="was made from other weights"):
+        quick_compile(calibrated.directory, tmp_path / "without", "tail-aware", calibration=path)
