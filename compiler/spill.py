@@ -121,19 +121,18 @@ class WaitingValues:
 
     def _restored(self, values: Mapping[int, Any]) -> tuple[dict[int, Any], dict[_File, torch.Tensor]]:
         opened: dict[_File, torch.Tensor] = {}
+        return {index: self._restore(value, opened) for index, value in values.items()}, opened
 
-        def restore(value: Any) -> Any:
-            if isinstance(value, _View):
-                if value.file not in opened:
-                    opened[value.file] = value.file.map().to(self._device)
-                storage = opened[value.file].untyped_storage()
-                empty = torch.empty(0, dtype=value.dtype, device=self._device)
-                return empty.set_(storage, value.offset, value.size, value.stride)
-            if isinstance(value, (list, tuple)):
-                return type(value)(restore(item) for item in value)
-            return value
-
-        return {index: restore(value) for index, value in values.items()}, opened
+    def _restore(self, value: Any, opened: dict[_File, torch.Tensor]) -> Any:
+        if isinstance(value, _View):
+            if value.file not in opened:
+                opened[value.file] = value.file.map().to(self._device)
+            storage = opened[value.file].untyped_storage()
+            empty = torch.empty(0, dtype=value.dtype, device=self._device)
+            return empty.set_(storage, value.offset, value.size, value.stride)
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._restore(item, opened) for item in value)
+        return value
 
     def _write(self, storage: torch.UntypedStorage) -> _File:
         assert self._parent is not None

@@ -1,6 +1,8 @@
 """A program run over many samples gives what it gives sample by sample, with one block's weights in memory."""
 
+import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,6 +244,22 @@ def test_files_go_when_their_values_are_dead(tensors, samples, tmp_path):
     # The sums wait at node 2, the products at node 3: one file a sample. (The inputs are the caller's.)
     assert [files[2, sample] for sample in range(3)] == [0, 1, 2]
     assert [files[3, sample] for sample in range(3)] == [3, 3, 3]
+
+
+def test_one_sample_is_mapped_at_a_time(tensors, samples, tmp_path):
+    """Maps go with their values at once, not when the garbage collector comes round."""
+    mapped = []
+
+    def look(number, sample):
+        mapped.append(Path("/proc/self/maps").read_text().count(str(tmp_path)))
+
+    gc.disable()
+    try:
+        interpret(chain(), samples, Store(tensors), watch=Look([2, 3], look), scratch=tmp_path, memory=0)
+    finally:
+        gc.enable()
+    # At node 3 a sample's sum has been read from its file and is dead already.
+    assert set(mapped) == {0}
 
 
 def test_views_of_one_storage_share_a_file_and_keep_their_strides(tmp_path):
