@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from hif4c.tools.console import Reporter, console, run_command, silence
+from hif4c.tools.console import Reporter, console, run_command
+from hif4c.tools.ranks import speaking_ranks
 
 __all__ = ["compile_command"]
 
@@ -61,7 +62,6 @@ def compile_command(
     from hif4c.compiler.kernels import check_targets, resolve_targets
     from hif4c.compiler.locate import describe_model
     from hif4c.compiler.lora import parse_loras
-    from hif4c.compiler.ranks import start_ranks
     from hif4c.compiler.recipe import resolve_recipes
     from hif4c.compiler.report import render_report
     from hif4c.runtime.artifact import open_artifact
@@ -73,9 +73,7 @@ def compile_command(
     recipes = resolve_recipes(experts, recipe or [], expert or [])
     loras = parse_loras(lora or [], list(recipes))
     options = CompileOptions(recipes, components, golden, revision, calibration, targets, loras, resume)
-    with start_ranks() as ranks:
-        if not ranks.first:
-            silence()
+    with speaking_ranks() as ranks:
         with Reporter.open(silent=not ranks.first) as report:
             path = compile_model(model, output, options, report, ranks=ranks)
         artifact = open_artifact(path)
