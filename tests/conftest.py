@@ -126,8 +126,9 @@ def quick_compile(captures: Captures) -> Callable[..., Path]:
         chosen = dict.fromkeys(sorted(names), recipe) if isinstance(recipe, str) else recipe
         recipes = {name: load_recipe(item) for name, item in chosen.items()}
         with shortened():
+            events = options.pop("events", lambda event, value: None)
             options = {"components": "none", **options}
-            return compile_model(str(model), output, CompileOptions(recipes, **options), lambda event, value: None)
+            return compile_model(str(model), output, CompileOptions(recipes, **options), events)
 
     return run
 
