@@ -175,6 +175,9 @@ class _Weights:
     def read(self, name: str) -> torch.Tensor:
         return self.weight
 
+    def prefetch(self, name: str) -> None:
+        pass
+
     def release(self, name: str) -> None:
         pass
 
