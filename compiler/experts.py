@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +144,17 @@ class ExpertBuilder:
         # The loader wants a manifest; the final one is written when all is known.
         run_on_first(self._ranks, lambda: write_manifest(self._staging, self._location, self.experts, dict(self.files)))
         artifact = open_artifact(self._staging)
-        keys = {f"steps/{name}": name for name in names}
-
-        def measure(mine: list[str]) -> None:
-            self._events("total", sum(calibrated[keys[key]].call_count for key in mine))
-            for key in mine:
-                expert = load_expert(artifact, keys[key], verify=False, release=True)
-                found = measure_steps(
-                    keys[key], expert, calibrated[keys[key]], lambda count: self._events("bytes", count)
-                )
-                self._journal.record(key, [dataclasses.astuple(error) for error in found])
-
-        entries = self._journal.complete(list(keys), measure, self._ranks)
-        errors = [StepError(*values) for entry in entries.values() for values in entry.values]
+        known = run_on_first(self._ranks, lambda: {name: self._journal.done(f"steps/{name}") for name in names})
+        left = [name for name in names if known[name] is None]
+        self._events("total", sum(len(self._ranks.share(range(calibrated[name].call_count))) for name in left))
+        errors = [StepError(*values) for entry in known.values() if entry is not None for values in entry.values]
+        for name in left:
+            expert = load_expert(artifact, name, verify=False, release=True)
+            found = measure_steps(name, expert, calibrated[name], partial(self._events, "bytes"), ranks=self._ranks)
+            values = [dataclasses.astuple(error) for error in found]
+            run_on_first(self._ranks, partial(self._journal.record, f"steps/{name}", values))
+            errors += found
+        errors.sort(key=lambda error: names.index(error.expert))
         # How long a step is depends on the next one, whoever serves it and whether it was recorded.
         ranges = choose_ranges(errors, shares, self._calibration.timesteps)
         for name in names:

@@ -7,6 +7,7 @@ Format: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSO
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -185,7 +186,7 @@ def check_free_space(directory: Path, needed: int) -> None:
         raise Hif4Error(
             f"{directory}: {needed} bytes are needed and {usage.free} are free; "
             "free some space or choose another output directory."
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_error(path: Path, left: int, error: OSError) -> Hif4Error:
