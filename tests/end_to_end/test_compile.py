@@ -24,6 +24,7 @@ from hif4c.runtime.kernel_files import cpu_target
 from hif4c.runtime.transformer import load
 from hif4c.runtime.verify import verify_artifact
 from tests.support.checkpoints import VARIANTS, write_diffusers_model, write_wan_model
+from tests.support.kills import assert_equal_trees, files_of
 
 COMPILE = """
 import sys
@@ -34,16 +35,6 @@ compile_model(sys.argv[1], sys.argv[2], CompileOptions(recipes, components="none
 """
 
 DUMB = {"TERM": "dumb", "COLUMNS": "40", "LINES": "7", "NO_COLOR": "1"}
-
-
-def files_of(root):
-    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-
-
-def assert_equal_trees(one, other):
-    assert files_of(one) == files_of(other)
-    _, differ, errors = filecmp.cmpfiles(one, other, files_of(one), shallow=False)
-    assert (differ, errors) == ([], [])
 
 
 def relative(found, expected):

@@ -29,7 +29,7 @@ from hif4c.compiler.compile import CompileOptions, compile_model
 from hif4c.compiler.journal import Journal
 from hif4c.compiler.locate import locate_model
 from hif4c.compiler.ranks import ALONE
-from hif4c.compiler.recipe import Recipe, load_recipe
+from hif4c.compiler.recipe import Recipe
 from hif4c.runtime.errors import Hif4Error
 from tests.support.checkpoints import write_diffusers_model
 from tests.support.forked_ranks import in_ranks
@@ -240,7 +240,7 @@ def test_a_disk_that_fills_up(models, quick_compile, artifacts, tmp_path):
 # As users start it.
 
 
-def test_torchrun_makes_the_same(tmp_path):
+def test_torchrun_makes_the_same(quick_compile, tmp_path):
     """Two ranks that torchrun starts, against one process of as many threads each; and what fails is said once."""
     write_diffusers_model(tmp_path / "model", "t2v", experts=1, num_layers=1)
     output = tmp_path / "results" / "out"
@@ -253,8 +253,7 @@ def test_torchrun_makes_the_same(tmp_path):
     assert made.stdout.count("compiled and verified") == 1
     assert made.stderr.count("packing transformer") == 1
     reference = tmp_path / "reference"
-    options = CompileOptions({"transformer": load_recipe("rtn")}, "none", golden=False, targets=())
-    compile_model(str(tmp_path / "model"), reference, options, lambda event, value: None)
+    quick_compile(tmp_path / "model", reference, golden=False, targets=())
     assert_equal_trees(reference, output)
     assert os.listdir(output.parent) == ["out"]
 
