@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +16,7 @@ from hif4c.compiler.compile_inputs import WEIGHTS, check_inputs, describe_inputs
 from hif4c.compiler.components import copy_components
 from hif4c.compiler.disk_space import check_disk, compile_disk, recorded_tokens
 from hif4c.compiler.experts import DTYPE, Events, ExpertBuilder
+from hif4c.compiler.fresh_process import verify_in_fresh_processes
 from hif4c.compiler.journal import run_on_first
 from hif4c.compiler.kernels import build_kernels, check_targets, trust_built_kernels
 from hif4c.compiler.locate import ModelLocation, describe_model, locate_model
@@ -174,7 +173,7 @@ class _Compile:
         run_on_first(ranks, lambda: write_manifest(staging, self.location, build.experts, build.files))
         if self.options.golden:
             self.events("step", "recording golden outputs")
-            build.files |= write_golden(staging, journal, ranks)
+            build.files |= write_golden(staging, journal, self.events, ranks)
         run_on_first(ranks, lambda: self._finish(build))
 
     def _parts(self) -> dict[str, tuple[int, str]]:
@@ -224,7 +223,7 @@ class _Compile:
         write_report(open_artifact(staging), staging)
         write_manifest(staging, self.location, build.experts, build.files)
         self.events("step", "verifying in a fresh process")
-        _verify_in_fresh_process(staging)
+        verify_in_fresh_processes(open_artifact(staging), self.events)
 
 
 def _refuse_large(model: str, options: CompileOptions) -> None:
@@ -253,19 +252,3 @@ def _opened(location: ModelLocation, options: CompileOptions) -> Iterator[dict[s
             checkpoint.check(parameter_shapes(config))
             checkpoints[name] = checkpoint
         yield checkpoints
-
-
-def _verify_in_fresh_process(staging: Path) -> None:
-    """An artifact that does not load is no artifact: what was written is verified without anything of this process."""
-    code = (
-        "import sys; from hif4c.runtime.verify import verify_artifact; "
-        "checks = verify_artifact(sys.argv[1], kernels='portable'); "
-        "wrong = [check for check in checks if check.replay and not check.replay.identical]; "
-        "sys.exit(str(wrong[0]) if wrong else 0)"
-    )
-    # -P: nothing in the user's current directory may stand in for a module of the standard library.
-    command = [sys.executable, "-P", "-c", code, str(staging)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode:
-        lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
-        raise Hif4Error(f"the written artifact does not verify in a fresh process, so it was not kept: {lines[-1]}")

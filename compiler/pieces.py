@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from hif4c.compiler.journal import Journal, run_on_first, sync_path, sync_tree
 from hif4c.compiler.ranks import ALONE, Ranks
+from hif4c.compiler.workers import in_order
 from hif4c.runtime.artifact import open_artifact
 from hif4c.runtime.file_hashes import hash_files
 from hif4c.runtime.golden import make_golden
@@ -18,6 +23,10 @@ from hif4c.runtime.safetensors_stream import StreamingWriter, TensorSpec
 from hif4c.runtime.transformer import load_expert
 
 __all__ = ["Piece", "make_pieces", "write_golden"]
+
+Events = Callable[[str, Any], None]
+RUNS = 2
+"""Runs of a program that record its golden outputs."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Piece:
 
 
 def make_pieces(
-    pieces: Sequence[Piece], root: Path, journal: Journal, ranks: Ranks = ALONE
+    pieces: Sequence[Piece], root: Path, journal: Journal, ranks: Ranks = ALONE, *, threads: int = 1
 ) -> dict[str, tuple[int, str]]:
     """Make the pieces that are not finished yet; relative path -> (bytes, sha256) of the files of all.
 
@@ -43,50 +52,69 @@ def make_pieces(
         root: the artifact's directory.
         journal: of the finished ones.
         ranks: who share the pieces.
+        threads: how many are made at once, each with one thread of torch's.
     """
     keys = {f"made/{piece.path}": piece for piece in pieces}
 
+    def make(key: str) -> None:
+        path = root / keys[key].path
+        # What an earlier process was killed over.
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        keys[key].make()
+        paths = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+        found = hash_files([item for item in paths if item.is_file()])
+        for folder in {item.parent for item in found}:
+            sync_tree(folder)
+        sync_path(root)
+        journal.record(key, {item.relative_to(root).as_posix(): entry for item, entry in found.items()})
+
     def work(mine: list[str]) -> None:
-        for key in mine:
-            path = root / keys[key].path
-            # What an earlier process was killed over.
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            keys[key].make()
-            paths = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
-            found = hash_files([item for item in paths if item.is_file()])
-            for folder in {item.parent for item in found}:
-                sync_tree(folder)
-            sync_path(root)
-            journal.record(key, {item.relative_to(root).as_posix(): entry for item, entry in found.items()})
+        for _ in in_order(make, mine, threads=threads):
+            pass
 
     entries = journal.complete(list(keys), work, ranks)
     return {name: (size, digest) for entry in entries.values() for name, (size, digest) in entry.values.items()}
 
 
-def write_golden(root: Path, journal: Journal, ranks: Ranks = ALONE) -> dict[str, tuple[int, str]]:
+def write_golden(root: Path, journal: Journal, events: Events, ranks: Ranks = ALONE) -> dict[str, tuple[int, str]]:
     """Record golden outputs with the runtime, from the bytes that were written; every rank calls this.
 
-    With the portable kernels, which define what an operator computes to the last bit.
+    With the portable kernels, which define what an operator computes to the last bit. The programs run side by side
+    with one thread each: the portable operators work in small blocks, which a team of threads makes slower.
 
     Args:
         root: the artifact, with a manifest.
         journal: of what is recorded.
+        events: progress, see `hif4c.compiler.experts.Events`.
         ranks: who share the programs.
     """
     artifact = open_artifact(root)
     run_on_first(ranks, lambda: (root / "golden").mkdir(exist_ok=True))
 
     def record(name: str, variant: str | None, base_name: str) -> None:
-        with portable_kernels():
-            golden = make_golden(load_expert(artifact, name, verify=False, release=True).variant(variant))
+        model = load_expert(artifact, name, verify=False, release=True).variant(variant)
+        golden = make_golden(model, on_node)
         specs = [TensorSpec(key, value.dtype, tuple(value.shape)) for key, value in golden.items()]
         with StreamingWriter(root / "golden", specs, base_name=base_name) as writer:
             for key, value in golden.items():
                 writer.write(key, value)
 
+    lock = threading.Lock()
+
+    def on_node() -> None:
+        with lock:
+            events("bytes", 1)
+
     pieces = []
+    nodes = 0
     for name in artifact.experts:
         for variant in (None, *artifact.variants(name)):
             base_name = name if variant is None else f"{name}.{variant}"
+            if journal.done(f"made/golden/{base_name}.safetensors") is None:
+                nodes += len(artifact.graph(name, variant).nodes)
             pieces.append(Piece(f"golden/{base_name}.safetensors", partial(record, name, variant, base_name)))
-    return make_pieces(pieces, root, journal, ranks)
+    if nodes:
+        events("total", RUNS * nodes)
+        events("unit", "pieces")
+    with portable_kernels():
+        return make_pieces(pieces, root, journal, ranks, threads=min(torch.get_num_threads(), len(pieces)))

@@ -28,6 +28,8 @@ from hif4c.runtime.transformer import CompiledTransformer
 
 __all__ = ["Replay", "make_golden", "replay"]
 
+OnNode = Callable[[], None]
+
 SEED = 20260101
 FRAMES, PATCH_ROWS, PATCH_COLUMNS, TEXT = 2, 3, 4, 8
 TIMESTEP = 500.0
@@ -90,8 +92,12 @@ class Replay:
         return self.codes_differ == 0 and parts and whole
 
 
-def make_golden(model: CompiledTransformer) -> dict[str, torch.Tensor]:
+def make_golden(model: CompiledTransformer, on_node: OnNode = lambda: None) -> dict[str, torch.Tensor]:
     """Run the expert on seeded inputs; returns the tensors to store, inputs and expected outputs.
+
+    Args:
+        model: one program of an expert.
+        on_node: called after every node; there are two runs of the program.
 
     Raises:
         Hif4Error: the expert's output is not finite.
@@ -109,6 +115,7 @@ def make_golden(model: CompiledTransformer) -> dict[str, torch.Tensor]:
     alone: dict[str, torch.Tensor] = {}
 
     def record(number: int, arguments: tuple[Any, ...], result: Any) -> None:
+        on_node()
         node = model.graph.nodes[number]
         if node.target in PLANES:
             x = _input(model, node, row)
@@ -119,7 +126,7 @@ def make_golden(model: CompiledTransformer) -> dict[str, torch.Tensor]:
 
     sample = _call(model, [video, timestep, text], record)
     nudged = torch.nextafter(video, torch.full_like(video, torch.inf))
-    moved = _call(model, [nudged, timestep, text])
+    moved = _call(model, [nudged, timestep, text], lambda number, arguments, result: on_node())
     if not (torch.isfinite(sample).all() and torch.isfinite(moved).all()):
         raise Hif4Error(
             "the compiled expert gives NaN or infinite values on the golden inputs; check the checkpoint's weights, "
@@ -140,8 +147,8 @@ def make_golden(model: CompiledTransformer) -> dict[str, torch.Tensor]:
     return {name: value.contiguous() for name, value in golden.items()}
 
 
-def replay(model: CompiledTransformer, golden: dict[str, torch.Tensor]) -> Replay:
-    """Compare the expert with its recorded outputs.
+def replay(model: CompiledTransformer, golden: dict[str, torch.Tensor], on_node: OnNode = lambda: None) -> Replay:
+    """Compare the expert with its recorded outputs; `on_node` is called after every node of the program.
 
     Raises:
         Hif4Error: the recorded tensors are incomplete, or the program cannot be run.
@@ -153,6 +160,7 @@ def replay(model: CompiledTransformer, golden: dict[str, torch.Tensor]) -> Repla
         operators = _OperatorCheck(model)
 
         def compare(number: int, arguments: tuple[Any, ...], result: Any) -> None:
+            on_node()
             operators.compare(number, arguments, result)
             node = model.graph.nodes[number]
             if node.target in PLANES:
@@ -192,7 +200,7 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 def _call(
     model: CompiledTransformer,
     inputs: list[torch.Tensor],
-    see: Callable[[int, tuple[Any, ...], Any], None] = lambda number, arguments, result: None,
+    see: Callable[[int, tuple[Any, ...], Any], None],
 ) -> torch.Tensor:
     """The main program's output, and `see` as in `Executor.visit`."""
     video, timestep, text = inputs

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hif4c.runtime.artifact import Artifact, Progress, open_artifact
-from hif4c.runtime.golden import Replay, replay
+from hif4c.runtime.golden import OnNode, Replay, replay
 from hif4c.runtime.native import select
 from hif4c.runtime.safetensors_stream import TensorFile
 from hif4c.runtime.transformer import CompiledTransformer, load_expert
@@ -39,7 +40,12 @@ class ExpertCheck:
 
 
 def verify_artifact(
-    path: str | os.PathLike[str], *, progress: Progress | None = None, kernels: str = "auto"
+    path: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+    kernels: str = "auto",
+    experts: Sequence[str] | None = None,
+    on_node: Callable[[int], None] = lambda total: None,
 ) -> list[ExpertCheck]:
     """Verify an artifact and replay its golden outputs: one check a program, those of an expert together.
 
@@ -47,6 +53,8 @@ def verify_artifact(
         path: the artifact's directory.
         progress: called with (file, bytes read) while files are hashed.
         kernels: what replays, as in `hif4c.runtime.load`.
+        experts: replay these only; None for all.
+        on_node: called after every node that was replayed, with the number of all that will be.
 
     Raises:
         Hif4Error: the artifact is damaged or incomplete. A golden output that differs is not an error but a check
@@ -55,21 +63,25 @@ def verify_artifact(
     artifact = open_artifact(path)
     artifact.verify(progress=progress)
     select(kernels, artifact)
+    names = [name for name in artifact.experts if experts is None or name in experts]
+    programs = [(name, variant) for name in names for variant in (None, *artifact.variants(name))]
+    total = sum(len(artifact.graph(name, variant).nodes) for name, variant in programs)
     checks = []
-    for name in artifact.experts:
+    for name in names:
         model = load_expert(artifact, name, verify=False, release=True)
         for variant in (None, *artifact.variants(name)):
             # Alone: the golden timestep may lie in a range of the other program.
             program = model.variant(variant)
-            outcome = _replay(artifact, name if variant is None else f"{name}.{variant}", program)
+            label = name if variant is None else f"{name}.{variant}"
+            outcome = _replay(artifact, label, program, lambda: on_node(total))
             graph = program.graph
             checks.append(ExpertCheck(name, len(graph.nodes), len(graph.tensors), outcome, variant))
     return checks
 
 
-def _replay(artifact: Artifact, name: str, program: CompiledTransformer) -> Replay | None:
+def _replay(artifact: Artifact, name: str, program: CompiledTransformer, on_node: OnNode) -> Replay | None:
     relative = f"golden/{name}.safetensors"
     if relative not in artifact.files:
         return None
     golden = TensorFile(artifact.path(relative))
-    return replay(program, {item: golden.read(item) for item in golden.names})
+    return replay(program, {item: golden.read(item) for item in golden.names}, on_node)

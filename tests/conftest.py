@@ -115,7 +115,7 @@ def quick_compile(captures: Captures) -> Callable[..., Path]:
     def shortened() -> Iterator[None]:
         with (
             mock.patch.object(experts_module, "capture", captures),
-            mock.patch.object(compile_module, "_verify_in_fresh_process"),
+            mock.patch.object(compile_module, "verify_in_fresh_processes"),
         ):
             yield
 

@@ -53,7 +53,7 @@ def climbed(captures: Any, tmp_path_factory: pytest.TempPathFactory) -> Climbed:
     work, events = tmp_path_factory.mktemp("ladder"), []
     with (
         mock.patch.object(experts_module, "capture", captures),
-        mock.patch.object(compile_module, "_verify_in_fresh_process"),
+        mock.patch.object(compile_module, "verify_in_fresh_processes"),
     ):
         result = run_ladder(
             "wan-tiny", [RTN, WEIGHT_ONLY], [], yardstick(), work, events=lambda *event: events.append(event)

@@ -197,18 +197,21 @@ def test_the_rest_of_the_pipeline_is_copied_or_linked(models, quick_compile, tmp
 
 
 def test_events_tell_the_progress(models, captures, monkeypatch, tmp_path):
-    """Steps in order, every pass, and bytes that add up to the total announced before."""
+    """Steps in order, every pass, and amounts that add up to the total announced before them."""
     monkeypatch.setattr(experts_module, "capture", captures)
     events = []
-    options = CompileOptions({"transformer": load_recipe("rtn")}, components="none", golden=False)
+    options = CompileOptions({"transformer": load_recipe("rtn")}, components="none")
     compile_model(str(models["ti2v"].directory), tmp_path / "out", options, lambda *event: events.append(event))
     steps = [value for kind, value in events if kind == "step"]
     assert steps == [
         f"building kernels for {cpu_target()}", "capturing transformer", "packing transformer",
-        "verifying in a fresh process",
+        "recording golden outputs", "verifying in a fresh process",
     ]  # fmt: skip
-    (start,) = [index for index, (kind, _) in enumerate(events) if kind == "total"]
-    assert events[start - 1] == ("step", "packing transformer")
-    assert [kind for kind, _ in events[:start]].count("bytes") == 0
-    assert sum(value for kind, value in events if kind == "bytes") == events[start][1] > 0
+    starts = [index for index, (kind, _) in enumerate(events) if kind == "total"]
+    assert [events[start - 1][1] for start in starts] == [
+        "packing transformer", "recording golden outputs", "verifying in a fresh process",
+    ]  # fmt: skip
+    assert [kind for kind, _ in events[: starts[0]]].count("bytes") == 0
+    for start, end in zip(starts, [*starts[1:], len(events)], strict=True):
+        assert sum(value for kind, value in events[start:end] if kind == "bytes") == events[start][1] > 0
     assert [value.name for kind, value in events if kind == "pass"] == list(PASS_NAMES)

@@ -45,7 +45,7 @@ def compiled(captures, tmp_path_factory) -> Iterator[Compiled]:
         mock.patch.object(compile_module, "CalibrationOptions", return_value=CALIBRATION),
         mock.patch.object(experts_module, "capture", captures),
         mock.patch.object(calibrate_module, "capture", captures),
-        mock.patch.object(compile_module, "_verify_in_fresh_process"),  # a test below
+        mock.patch.object(compile_module, "verify_in_fresh_processes"),  # a test below
     ):
         compile_model("wan-tiny", path, CompileOptions(recipes), lambda *event: events.append(event))
     return Compiled(path, events)

@@ -54,7 +54,7 @@ class Compile:
         torch.set_num_threads(1)
         with (
             mock.patch.object(experts_module, "capture", self.captures),
-            mock.patch.object(compile_module, "_verify_in_fresh_process"),
+            mock.patch.object(compile_module, "verify_in_fresh_processes"),
         ):
             compile_model(str(self.model), output, replace(self.options, resume=resume), events, ranks=ranks)
 
