@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from hif4c.tools.console import KERNELS_HELP, console, make_table, progress_bar, run_command
+from hif4c.tools.console import KERNELS_HELP, Reporter, console, make_table, run_command
 
 __all__ = ["verify"]
 
@@ -28,8 +28,20 @@ def verify(
     from hif4c.runtime.verify import verify_artifact
 
     total = sum(size for size, _ in open_artifact(artifact).files.values())
-    with progress_bar("hashing", total, "bytes") as advance:
-        checks = verify_artifact(artifact, progress=lambda _, size: advance(size), kernels=kernels)
+    with Reporter.open() as report:
+        begun = False
+
+        def on_node(nodes: int) -> None:
+            nonlocal begun
+            if not begun:
+                report.begin("replaying", nodes)
+                begun = True
+            report.advance(1)
+
+        report.begin("hashing", total, "bytes")
+        checks = verify_artifact(
+            artifact, progress=lambda _, size: report.advance(size), kernels=kernels, on_node=on_node
+        )
     table = make_table(str(artifact), ("expert", "nodes", "codes", "4-bit linears", "whole expert", "verdict"))
     for check in checks:
         codes = linear = whole = "not recorded"
