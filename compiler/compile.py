@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from hif4c.compiler.calibration import Calibration
 from hif4c.compiler.calibration_run import CalibrationOptions, run_calibration
@@ -88,20 +92,19 @@ def compile_model(
             compile that is in the way or does not fit.
     """
     target = Path(output)
-    if options.components not in COMPONENT_MODES:
-        raise Hif4Error(f"components {options.components!r}: choose one of {', '.join(COMPONENT_MODES)}.")
-    check_targets(options.targets)
     own = options.calibration is None and any(recipe.needs_calibration for recipe in options.recipes.values())
-    if own:
-        _refuse_large(model, options)
     with contextlib.ExitStack() as stack:
         with ranks.together():
+            if options.components not in COMPONENT_MODES:
+                raise Hif4Error(f"components {options.components!r}: choose one of {', '.join(COMPONENT_MODES)}.")
+            check_targets(options.targets)
+            if own:
+                _refuse_large(model, options)
             whole = own or options.components != "none"
             location = locate_model(model, revision=options.revision, expert_files_only=not whole)
             plans = {name: make_plan(location.configs[name], recipe, DTYPE) for name, recipe in options.recipes.items()}
             checkpoints = stack.enter_context(_opened(location, options))
-            settings = {name: getattr(options, name) for name in ("components", "golden", "targets")}
-            inputs = describe_inputs(location, checkpoints, options.recipes, options.calibration, settings)
+            inputs = describe_inputs(location, checkpoints, options.recipes, options.calibration, _settings(options))
             if ranks.first and not os.path.lexists(target):
                 _check_disk(target, location, plans, options)
         unfinished = stack.enter_context(
@@ -119,6 +122,15 @@ def compile_model(
         if ranks.first:
             trust_built_kernels(open_artifact(target), events)
     return target
+
+
+def _settings(options: CompileOptions) -> dict[str, Any]:
+    """What else decides the bytes of the artifact."""
+    settings = {name: getattr(options, name) for name in ("components", "golden", "targets")}
+    if any(recipe.needs_calibration for recipe in options.recipes.values()):
+        # The last bit of what is summed on calibration rows and calls depends on it.
+        settings["threads (OMP_NUM_THREADS)"] = torch.get_num_threads()
+    return settings
 
 
 def _check_disk(
@@ -179,6 +191,9 @@ class _Compile:
     def _parts(self) -> dict[str, tuple[int, str]]:
         """Make what is no expert, and remove what a killed process may have left of what is written anew."""
         staging, options, pieces = self.unfinished.artifact, self.options, []
+        for path in self.unfinished.scratch.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
         for name in (MANIFEST, "report.json", "report.html"):
             (staging / name).unlink(missing_ok=True)
         if options.components != "none" and self.location.layout == "diffusers":
@@ -210,12 +225,18 @@ class _Compile:
         # Also for recipes that do without: the report then says how far every linear is off.
         calibration = Calibration(path)
         for name, recipe in recipes.items():
-            key = f"{WEIGHTS}/{name}"
-            if (recipe.needs_calibration or name in calibration.experts) and journal.done(key) is None:
-                fingerprint = self.checkpoints[name].fingerprint()
-                calibration.check(name, fingerprint)
-                journal.record(key, fingerprint)
+            if recipe.needs_calibration or name in calibration.experts:
+                run_on_first(self.ranks, partial(self._check_weights, name, calibration))
         return calibration
+
+    def _check_weights(self, name: str, calibration: Calibration) -> None:
+        """Refuse a calibration of other weights; reads all of them, once."""
+        key = f"{WEIGHTS}/{name}"
+        if self.unfinished.journal.done(key) is None:
+            self.events("step", f"comparing the weights of {name} with the calibration's")
+            fingerprint = self.checkpoints[name].fingerprint()
+            calibration.check(name, fingerprint)
+            self.unfinished.journal.record(key, fingerprint)
 
     def _finish(self, build: ExpertBuilder) -> None:
         """Write what is told of the artifact, and see that it loads."""

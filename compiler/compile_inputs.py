@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -41,7 +42,9 @@ def describe_inputs(
         calibration: the file that was given.
         settings: what else decides what is written.
     """
-    found: dict[str, Any] = {"the model": {"source": location.source, "pipeline": location.pipeline.class_name}}
+    found: dict[str, Any] = {
+        "the model": {"source": location.source, "pipeline": dataclasses.asdict(location.pipeline)}
+    }
     for name, checkpoint in checkpoints.items():
         found[f"the config of {name}"] = location.configs[name].to_dict()
         found[f"the recipe of {name}"] = recipes[name].to_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hif4c.compiler.staging import UnpublishedError
 from hif4c.runtime.artifact import Artifact
 from hif4c.runtime.errors import Hif4Error
 
@@ -40,6 +42,7 @@ def verify_in_fresh_processes(artifact: Artifact, events: Callable[[str, Any], N
 
     Raises:
         Hif4Error: it does not verify.
+        UnpublishedError: a process that verifies it was killed, so nobody knows.
     """
     programs = [(name, variant) for name in artifact.experts for variant in (None, *artifact.variants(name))]
     recorded = [item for item in programs if f"golden/{'.'.join(filter(None, item))}.safetensors" in artifact.files]
@@ -62,6 +65,11 @@ def verify_in_fresh_processes(artifact: Artifact, events: Callable[[str, Any], N
                 with lock:
                     events("bytes", 1)
             status = process.wait()
+            if status < 0:  # not what was written is at fault: the machine may have had no memory left
+                raise UnpublishedError(
+                    f"a process that verifies the artifact was ended by {signal.Signals(-status).name}; see whether "
+                    "the machine has enough memory, and continue with --resume."
+                )
             said.seek(0)
             lines = said.read().decode(errors="replace").strip().splitlines()
         return None if status == 0 else (lines or [f"exit status {status}"])[-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from hif4c.compiler.checkpoint import Checkpoint, Fingerprint
-from hif4c.compiler.journal import Journal, run_on_first
+from hif4c.compiler.journal import Journal, run_on_first, sync_path
 from hif4c.compiler.planes import InputStatistics, Planes, PreparedWeight, pack_tensors, stored_dtype
 from hif4c.compiler.ranks import ALONE, Ranks
 from hif4c.passes.program import Program, TensorSource
 from hif4c.runtime.placed_writer import PlacedWriter
-from hif4c.runtime.safetensors_stream import TensorSpec, tensor_bytes
+from hif4c.runtime.safetensors_stream import TensorSpec
 
 __all__ = ["Written", "changed_tensor", "stored_tensors", "write_weights"]
 
@@ -123,7 +122,7 @@ def changed_tensor(expert: str, checkpoint: Checkpoint, journal: Journal) -> str
     for key in journal.keys(f"pack/{expert}"):
         entry = journal.done(key)
         for name, digest in [] if entry is None else entry.values["tensors"]:
-            found = hashlib.sha256(tensor_bytes(checkpoint.read(name))).hexdigest()
+            found = checkpoint.digest(name, checkpoint.read(name))
             checkpoint.release(name)
             if found != digest:
                 return str(name)
@@ -133,12 +132,15 @@ def changed_tensor(expert: str, checkpoint: Checkpoint, journal: Journal) -> str
 def _open(writer: PlacedWriter, directory: Path, journal: Journal) -> None:
     """Begin the files, or continue them where they were begun."""
     key = f"files/{directory.name}"
-    if journal.done(key) is not None:
+    # A finished block was written into these files, also where a disk has lost the entry that says that they were made.
+    if journal.done(key) is not None or journal.keys(f"pack/{directory.name}"):
         writer.open()
         return
     for path in directory.glob("weights*.safetensors*"):
         path.unlink()
     writer.create()
+    for folder in (directory, directory.parent):
+        sync_path(folder)
     journal.record(key)
 
 

@@ -43,7 +43,13 @@ class Piece:
 
 
 def make_pieces(
-    pieces: Sequence[Piece], root: Path, journal: Journal, ranks: Ranks = ALONE, *, threads: int = 1
+    pieces: Sequence[Piece],
+    root: Path,
+    journal: Journal,
+    ranks: Ranks = ALONE,
+    *,
+    threads: int = 1,
+    stop: Callable[[], None] = lambda: None,
 ) -> dict[str, tuple[int, str]]:
     """Make the pieces that are not finished yet; relative path -> (bytes, sha256) of the files of all.
 
@@ -53,6 +59,7 @@ def make_pieces(
         journal: of the finished ones.
         ranks: who share the pieces.
         threads: how many are made at once, each with one thread of torch's.
+        stop: as for `in_order`.
     """
     keys = {f"made/{piece.path}": piece for piece in pieces}
 
@@ -65,11 +72,12 @@ def make_pieces(
         found = hash_files([item for item in paths if item.is_file()])
         for folder in {item.parent for item in found}:
             sync_tree(folder)
-        sync_path(root)
+        for folder in {root, path.parent} if found else ():
+            sync_path(folder)
         journal.record(key, {item.relative_to(root).as_posix(): entry for item, entry in found.items()})
 
     def work(mine: list[str]) -> None:
-        for _ in in_order(make, mine, threads=threads):
+        for _ in in_order(make, mine, threads=threads, stop=stop):
             pass
 
     entries = journal.complete(list(keys), work, ranks)
@@ -99,22 +107,25 @@ def write_golden(root: Path, journal: Journal, events: Events, ranks: Ranks = AL
             for key, value in golden.items():
                 writer.write(key, value)
 
-    lock = threading.Lock()
+    lock, stopped = threading.Lock(), threading.Event()
 
     def on_node() -> None:
+        if stopped.is_set():
+            raise InterruptedError  # a whole run of a large model is too long to wait for
         with lock:
             events("bytes", 1)
 
     pieces = []
-    nodes = 0
+    left = []
     for name in artifact.experts:
         for variant in (None, *artifact.variants(name)):
             base_name = name if variant is None else f"{name}.{variant}"
             if journal.done(f"made/golden/{base_name}.safetensors") is None:
-                nodes += len(artifact.graph(name, variant).nodes)
+                left.append(len(artifact.graph(name, variant).nodes))
             pieces.append(Piece(f"golden/{base_name}.safetensors", partial(record, name, variant, base_name)))
-    if nodes:
-        events("total", RUNS * nodes)
+    if left:
+        events("total", RUNS * sum(ranks.share(left)))
         events("unit", "pieces")
     with portable_kernels():
-        return make_pieces(pieces, root, journal, ranks, threads=min(torch.get_num_threads(), len(pieces)))
+        threads = min(torch.get_num_threads(), len(pieces))
+        return make_pieces(pieces, root, journal, ranks, threads=threads, stop=stopped.set)

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hif4c.compiler.disk_space import partial_directory_of
 from hif4c.compiler.journal import Journal, is_disk_full, run_on_first, sync_path, sync_tree, write_durably
 from hif4c.compiler.ranks import ALONE, PeerError, Ranks
 from hif4c.runtime.artifact import canonical_json
 from hif4c.runtime.errors import Hif4Error
 
-__all__ = ["Unfinished", "partial_directory", "staged_directory"]
+__all__ = ["Unfinished", "UnpublishedError", "partial_directory", "staged_directory"]
 
 INPUTS = "inputs.json"
 """What a partial directory is made from. Written last when it is made and removed first when it goes: without this file
@@ -55,6 +56,10 @@ def staged_directory(target: Path, doing: str) -> Iterator[Path]:
         _remove_empty(made)
 
 
+class UnpublishedError(Hif4Error):
+    """What is finished cannot get its name now; nothing is wrong with it."""
+
+
 @dataclass(frozen=True)
 class Unfinished:
     """A directory in the making that a later process can continue.
@@ -88,14 +93,17 @@ class Unfinished:
         """Give the artifact its final name, all of it on the disk.
 
         Raises:
-            Hif4Error: that is impossible.
+            UnpublishedError: that is impossible.
         """
         sync_tree(self.artifact)
-        _refuse_existing(self.target)
+        if os.path.lexists(self.target):
+            raise UnpublishedError(f"{self.target}: has appeared meanwhile; remove it and continue with --resume.")
         try:
             os.rename(self.artifact, self.target)
         except OSError as error:
-            raise Hif4Error(f"{self.target}: what is finished cannot be moved there ({error.strerror}).") from None
+            raise UnpublishedError(
+                f"{self.target}: what is finished cannot be moved there ({error.strerror}); continue with --resume."
+            ) from error
         sync_path(self.target.parent)
 
 
@@ -111,7 +119,8 @@ def partial_directory(
 ) -> Iterator[Unfinished]:
     """`.NAME.partial` beside the target NAME, locked, to be filled and published; every rank calls this.
 
-    It stays when the process is killed or interrupted, or a disk is full, and goes on every other error and at the end.
+    It stays when the process is killed or interrupted, a disk is full or the name is taken meanwhile, and goes on every
+    other error and at the end.
     The lock goes with the process, however that ends.
 
     Args:
@@ -126,7 +135,7 @@ def partial_directory(
         Hif4Error: the target exists, another process works on it, something is left of an earlier one and `resume` was
             not asked for, the inputs are others, or reading or writing failed.
     """
-    root = target.with_name(f".{target.name}.partial")
+    root = partial_directory_of(target)
     made = _missing_parents(target) if ranks.first else []
     lock: list[int] = []
 
@@ -203,6 +212,8 @@ def _claim(
             _refuse_existing(target)
         if not resume:
             raise Hif4Error(f"{target}: is complete; the same command with --resume removes what is left in {root}.")
+        if before is not None:
+            accept(before, unfinished.journal)
         return True
     if before is not None and not renamed:
         if not resume:
@@ -237,7 +248,8 @@ def _read_inputs(path: Path) -> dict[str, Any] | None:
 def _can_continue(error: BaseException) -> bool:
     """Whether the same work may succeed later: it was interrupted, or something filled up."""
     # What ended another rank is for that rank to judge.
-    return not isinstance(error, Exception) or isinstance(error, PeerError | MemoryError) or is_disk_full(error)
+    kept = PeerError | MemoryError | UnpublishedError
+    return not isinstance(error, Exception) or isinstance(error, kept) or is_disk_full(error)
 
 
 def _failed(error: OSError, target: Path, doing: str) -> Hif4Error:

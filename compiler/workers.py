@@ -28,6 +28,7 @@ def in_order(
     *,
     budget: int = BUDGET,
     threads: int | None = None,
+    stop: Callable[[], None] = lambda: None,
 ) -> Generator[_Result, None, None]:
     """function(item) of every item, in the items' order, several at once.
 
@@ -40,6 +41,7 @@ def in_order(
         cost: bytes that an item takes from its beginning until the result after its own is asked for.
         budget: items are begun while their costs are within it, and one in any case.
         threads: how many at once; None: as many as torch would use, and one for the disk.
+        stop: called when no more results are wanted, before the pieces that are worked on are waited for.
     """
     before = torch.get_num_threads()
     waiting: deque[tuple[Future[_Result], int]] = deque()
@@ -58,6 +60,7 @@ def in_order(
                 yield waiting[0][0].result()
                 waiting.popleft()
         finally:
+            stop()
             for future, _ in waiting:
                 future.cancel()
             torch.set_num_threads(before)

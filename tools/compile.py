@@ -67,13 +67,14 @@ def compile_command(
     from hif4c.runtime.artifact import open_artifact
 
     started = time.perf_counter()
-    targets = resolve_targets(target or ["cpu"])
-    check_targets(targets)
-    experts = list(describe_model(model, revision=revision).configs)
-    recipes = resolve_recipes(experts, recipe or [], expert or [])
-    loras = parse_loras(lora or [], list(recipes))
-    options = CompileOptions(recipes, components, golden, revision, calibration, targets, loras, resume)
     with speaking_ranks() as ranks:
+        with ranks.together():
+            targets = resolve_targets(target or ["cpu"])
+            check_targets(targets)
+            experts = list(describe_model(model, revision=revision).configs)
+            recipes = resolve_recipes(experts, recipe or [], expert or [])
+            loras = parse_loras(lora or [], list(recipes))
+        options = CompileOptions(recipes, components, golden, revision, calibration, targets, loras, resume)
         with Reporter.open(silent=not ranks.first) as report:
             path = compile_model(model, output, options, report, ranks=ranks)
         artifact = open_artifact(path)

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from hif4c.compiler.ranks import PeerError
-from hif4c.compiler.staging import partial_directory, staged_directory
+from hif4c.compiler.staging import UnpublishedError, partial_directory, staged_directory
 from hif4c.runtime.errors import Hif4Error
 from tests.support.forked_ranks import in_ranks
 
@@ -83,6 +83,7 @@ def test_inputs_are_compared_before_anything_is_touched(tmp_path):
         (SystemExit(143), True),
         (OSError(errno.ENOSPC, "No space left on device", "file"), True),
         (PeerError("rank 1 failed: something."), True),
+        (UnpublishedError("it was killed."), True),
         (OSError(errno.EIO, "I/O error", "file"), False),
         (Hif4Error("the weight is bad."), False),
         (ValueError("a bug"), False),
@@ -186,13 +187,18 @@ def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path):
 
     def publish():
         with partial_directory(target, INPUTS) as unfinished:
+            (unfinished.artifact / "file").write_text("made")
             target.mkdir()
             unfinished.publish()
 
-    with pytest.raises(Hif4Error, match="already exists"):
+    with pytest.raises(UnpublishedError, match="has appeared meanwhile; remove it and continue with --resume"):
         publish()
-    assert os.listdir(tmp_path) == ["out"]
     assert os.listdir(target) == []
+    target.rmdir()
+    with partial_directory(target, INPUTS, resume=True) as unfinished:
+        assert os.listdir(unfinished.artifact) == ["file"]  # hours may have gone into it
+        unfinished.publish()
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_ranks_use_one_directory(tmp_path):

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hif4c.compiler import compile as compile_module
 from hif4c.compiler import experts as experts_module
+from hif4c.compiler import fresh_process
 from hif4c.compiler.compile import CompileOptions, compile_model
 from hif4c.compiler.recipe import Recipe
 from hif4c.runtime.errors import Hif4Error
@@ -292,13 +292,27 @@ def test_a_full_disk_that_an_unfinished_compile_has_filled(model, refusal, monke
     assert "continue it with --resume" in refusal(model, output=target)
 
 
-def test_an_artifact_that_does_not_verify_leaves_nothing(models, captures, tmp_path, monkeypatch):
-    """Memory or disk may be at fault as well as hif4c: one sentence with the reason, and no directory."""
+@pytest.mark.parametrize(
+    ("ends", "sentence", "kept"),
+    [
+        (
+            "import sys; sys.exit('Hif4Error: something')",
+            "the written artifact does not verify in a fresh process, so it was not kept: Hif4Error: something",
+            [],
+        ),
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+            "a process that verifies the artifact was ended by SIGKILL; .* continue with --resume",
+            [".out.partial"],
+        ),
+    ],
+    ids=["wrong", "killed"],
+)
+def test_an_artifact_that_does_not_verify(models, captures, tmp_path, monkeypatch, ends, sentence, kept):
+    """One sentence with the reason, and no directory; but where nobody knows, what is finished stays."""
     monkeypatch.setattr(experts_module, "capture", captures)
-    failed = subprocess.CompletedProcess([], 3, stdout="", stderr="Hif4Error: something\n")
-    monkeypatch.setattr(compile_module.subprocess, "run", lambda *arguments, **options: failed)
+    monkeypatch.setattr(fresh_process, "_CODE", ends)
     options = CompileOptions({"transformer": Recipe("rtn")}, components="none", golden=False)
-    sentence = "the written artifact does not verify in a fresh process, so it was not kept: Hif4Error: something"
     with pytest.raises(Hif4Error, match=sentence):
         compile_model(str(models["t2v"].directory), tmp_path / "out", options, lambda event, value: None)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == kept

@@ -170,6 +170,19 @@ def test_an_interrupted_compile_is_continued(interrupted, artifacts, quick_compi
     assert 0 < skipped < total
 
 
+def test_finished_blocks_are_not_lost_with_the_files(interrupted, artifacts, quick_compile):
+    """The disk has lost the entry that says that the weight files were made; scratch of the killed run goes."""
+    model, output = interrupted
+    partial = output.parent / ".out.partial"
+    (partial / "journal" / "files" / "transformer.safetensors").unlink()
+    left = partial / "scratch" / "values-left"
+    left.mkdir()
+    seen = []
+    quick_compile(model, output, resume=True, events=lambda *event: seen.append(left.exists()))
+    assert not any(seen)
+    assert_equal_trees(artifacts("t2v", "rtn"), output)
+
+
 def test_other_inputs_are_refused_by_name(interrupted, quick_compile):
     model, output = interrupted
     before = sorted(output.parent.rglob("*"))
@@ -216,6 +229,21 @@ def test_calibrated_weights_are_compared_as_a_whole(compiled, tmp_path):
     with pytest.raises(Hif4Error, match="the weights of transformer changed"):
         copied.run(tmp_path / "out", resume=True)
     assert (tmp_path / ".out.partial" / "inputs.json").exists()
+
+
+def test_another_number_of_threads_is_refused(compiled, tmp_path):
+    """Where it decides the last bit of what is summed."""
+
+    def interrupt(event, value):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compiled.run(tmp_path / "out", events=interrupt)
+    with (
+        mock.patch.object(torch, "get_num_threads", lambda: 7),
+        pytest.raises(Hif4Error, match=r"option threads \(OMP_NUM_THREADS\) changed"),
+    ):
+        compiled.run(tmp_path / "out", resume=True)
 
 
 def test_a_disk_that_fills_up(models, quick_compile, artifacts, tmp_path):
