@@ -240,7 +240,7 @@ def test_another_number_of_threads_is_refused(compiled, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compiled.run(tmp_path / "out", events=interrupt)
     with (
-        mock.patch.object(torch, "get_num_threads", lambda: 7),
+        mock.patch.object(torch, "get_num_threads", return_value=7),
         pytest.raises(Hif4Error, match=r"option threads \(OMP_NUM_THREADS\) changed"),
     ):
         compiled.run(tmp_path / "out", resume=True)
