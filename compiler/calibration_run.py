@@ -118,7 +118,8 @@ def run_calibration(
         check_calibration_path(output)
         size = latent_tokens(next(iter(location.configs.values())), settings.height, settings.width, settings.frames)
         tokens = options.calls * (options.batch or _usual_batch(location)) * size
-        check_disk(output, calibration_disk(location.configs, tokens), doing="calibrating")
+        needs = calibration_disk(location.configs, tokens, expanded=location.pipeline.expand_timesteps)
+        check_disk(output, needs, doing="calibrating")
     with scratch_folder(output, ranks) as folder:
         make_calls = _calls_from_trajectory if options.clips is None else _calls_from_clips
         calls, source = make_calls(location, settings, options, folder, device, ranks, events)

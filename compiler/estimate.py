@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hif4c.compiler.calibrate import WAITING
 from hif4c.compiler.disk_space import waiting_bytes
 from hif4c.compiler.interpret import MEMORY as MEMORY_BUDGET
 from hif4c.compiler.machine_rates import MachineRates
@@ -308,28 +309,43 @@ def estimate_calibration(
     return steps
 
 
-def calibration_disk(configs: Mapping[str, WanConfig], tokens: int) -> dict[str, int]:
+def calibration_disk(configs: Mapping[str, WanConfig], tokens: int, *, expanded: bool = False) -> dict[str, int]:
     """What a calibration writes, for `check_disk`: its parts, the file, and values that wait.
 
     Args:
         configs: of the experts.
         tokens: of all recorded calls of an expert.
+        expanded: whether every token has a timestep of its own.
     """
     file = sum(_calibration_bytes(config) for config in configs.values())
-    waiting = max(2 * config.inner_dim * tokens for config in configs.values()) - MEMORY_BUDGET
+    waiting = tokens * max(_calibration_waiting(config, expanded) for config in configs.values()) - WAITING
     needs = {"the file and its parts": 2 * file, "activations on the way": waiting}
     return {name: count for name, count in needs.items() if count > 0}
 
 
-def calibration_memory(workloads: Mapping[str, Workload], load: CalibrationLoad, *, components: int = 0) -> int:
-    """Peak resident bytes of a calibration: the whole pipeline while it samples, else a block, a call and a budget."""
+def calibration_memory(
+    workloads: Mapping[str, Workload], load: CalibrationLoad, *, components: int = 0, expanded: bool = False
+) -> int:
+    """Peak resident bytes of a calibration: the whole pipeline while it samples, else a block, a call and a budget.
+
+    `components` as in `estimate_calibration`, `expanded` as in `calibration_disk`.
+    """
     works = list(workloads.values())
     call = max(activation_bytes(work.config, load.tokens * load.batch) for work in works)
-    waiting = max(2 * work.config.inner_dim * load.tokens * load.batch * load.calls for work in works)
+    tokens = load.tokens * load.batch * load.calls
+    waiting = tokens * max(_calibration_waiting(work.config, expanded) for work in works)
     block = max(work.stored_bytes // work.config.num_layers for work in works)
-    running = block + min(MEMORY_BUDGET, waiting)
+    running = block + min(WAITING, waiting)
     sampling = sum(work.plan.bytes_before for work in works) + components if load.sampled else 0
     return _BASE_MEMORY + call + max(running, sampling)
+
+
+def _calibration_waiting(config: WanConfig, expanded: bool) -> int:
+    """Bytes of a token between two blocks: the residual stream and the tables of the rotary embedding, in float32.
+
+    With a timestep of its own also what the timestep makes: six modulations and the embedding.
+    """
+    return 2 * config.inner_dim * (8 if expanded else 1) + 2 * 4 * config.attention_head_dim
 
 
 def _calibration_bytes(config: WanConfig) -> int:

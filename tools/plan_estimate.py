@@ -64,8 +64,10 @@ def show_estimate(
     if load is not None and any(recipe.needs_calibration for recipe in recipes.values()):
         parts["calibrate"] = estimate.estimate_calibration(works, rates, load, components=rest)
         configs = {name: work.config for name, work in works.items()}
-        memory = estimate.calibration_memory(works, load, components=rest)
-        rows = {"calibrate": (memory, estimate.calibration_disk(configs, sum(calls))), **rows}
+        expanded = description.pipeline.expand_timesteps
+        memory = estimate.calibration_memory(works, load, components=rest, expanded=expanded)
+        waiting = estimate.calibration_disk(configs, sum(calls), expanded=expanded)
+        rows = {"calibrate": (memory, waiting), **rows}
     parts["compile"] = estimate.estimate_compile(works, rates, components=rest)
     console.print(_times(f"{description.source}: time on this machine, {rates.cores} cores", parts))
     if load is not None:

@@ -140,7 +140,11 @@ def test_a_calibration():
     # 39424 channels of inputs in a block, and the text.
     disk = calibration_disk({name: item.config for name, item in found.items()}, 32 * 32760)
     assert disk["the file and its parts"] == 2 * 2 * (40 * 39424 + 5120) * (4 * 776 + 512)
-    assert disk["activations on the way"] == 32 * 32760 * 5120 * 2 - 2**31
+    assert disk["activations on the way"] == 32 * 32760 * (5120 * 2 + 2 * 128 * 4) - 2**30
+    # Where every token has a timestep, its six modulations and their embedding wait with it.
+    configs = {name: item.config for name, item in found.items()}
+    expanded = calibration_disk(configs, 32 * 32760, expanded=True)
+    assert expanded["activations on the way"] == 32 * 32760 * (8 * 5120 * 2 + 2 * 128 * 4) - 2**30
 
 
 def test_bytes_of_a_histogram():
