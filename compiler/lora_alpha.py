@@ -64,7 +64,7 @@ class AlphaRules:
                     break
         if alpha is None:
             return 1.0
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        if type(alpha) not in (int, float) or not abs(alpha) < 1e30:  # nor NaN, nor too long for a float
             raise self._bad("lora_alpha")
         return alpha / (math.sqrt(rank) if self._setting(module, "use_rslora") else rank)
 

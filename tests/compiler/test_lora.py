@@ -365,6 +365,7 @@ def test_a_scale_that_cannot_be_applied(scale, tmp_path):
         ("{", "lora_adapter_metadata is damaged"),
         ("[]", "lora_adapter_metadata is damaged"),
         ('{"transformer.lora_alpha": "4"}', "lora_alpha is damaged"),
+        ('{"transformer.lora_alpha": 1' + "0" * 400 + "}", "lora_alpha is damaged"),
         ('{"transformer.use_dora": true}', "this is a DoRA"),
     ],
 )
