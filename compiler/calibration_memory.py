@@ -34,9 +34,12 @@ def check_pipeline_fits(location: ModelLocation, device: torch.device) -> None:
     there = _memory_of(device)
     if there is None or (needed := pipeline_bytes(location)) <= there:
         return
+    advice = "calibrate from clips (--clips FOLDER), which needs no expert in memory"
+    if location.pipeline.class_name == "WanImageToVideoPipeline":  # clips do not calibrate it
+        advice = "calibrate on a larger machine"
     raise Hif4Error(
         f"{location.root}: sampling prompts needs the whole pipeline in memory, {format_bytes(needed)}, and {device} "
-        f"has {format_bytes(there)}; calibrate from clips (--clips FOLDER), which needs no expert in memory."
+        f"has {format_bytes(there)}; {advice}."
     )
 
 

@@ -1,5 +1,6 @@
 """From a located model to its calibration: prompts, the pipeline's part, and what is refused before it starts."""
 
+import dataclasses
 import gc
 import json
 import shutil
@@ -173,6 +174,10 @@ def test_a_pipeline_that_does_not_fit_is_not_loaded(tiny, tmp_path, monkeypatch)
     with pytest.raises(Hif4Error, match=words):
         run_calibration(tiny, tmp_path / "c", CalibrationOptions())
     assert list(tmp_path.iterdir()) == []
+    # Clips do not calibrate an image-to-video model, so they are no way out for it.
+    pipeline = dataclasses.replace(tiny.pipeline, class_name="WanImageToVideoPipeline")
+    with pytest.raises(Hif4Error, match=r"MB; calibrate on a larger machine\.$"):
+        memory_module.check_pipeline_fits(dataclasses.replace(tiny, pipeline=pipeline), torch.device("cpu"))
 
 
 def test_given_prompts_are_used(tiny, stopped, tmp_path):
