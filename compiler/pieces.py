@@ -25,8 +25,6 @@ from hif4c.runtime.transformer import load_expert
 __all__ = ["Piece", "make_pieces", "write_golden"]
 
 Events = Callable[[str, Any], None]
-RUNS = 2
-"""Runs of a program that record its golden outputs."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def write_golden(root: Path, journal: Journal, events: Events, ranks: Ranks = AL
                 left.append(len(artifact.graph(name, variant).nodes))
             pieces.append(Piece(f"golden/{base_name}.safetensors", partial(record, name, variant, base_name)))
     if left:
-        events("total", RUNS * sum(ranks.share(left)))
+        events("total", sum(ranks.share(left)))
         events("unit", "pieces")
     with portable_kernels():
         threads = min(torch.get_num_threads(), len(pieces))

@@ -97,7 +97,7 @@ def make_golden(model: CompiledTransformer, on_node: OnNode = lambda: None) -> d
 
     Args:
         model: one program of an expert.
-        on_node: called after every node; there are two runs of the program.
+        on_node: called after every node.
 
     Raises:
         Hif4Error: the expert's output is not finite.
@@ -107,8 +107,10 @@ def make_golden(model: CompiledTransformer, on_node: OnNode = lambda: None) -> d
     rows, columns = PATCH_ROWS * config.patch_size[1], PATCH_COLUMNS * config.patch_size[2]
     video = torch.randn(1, config.in_channels, FRAMES, rows, columns, generator=generator).to(model.dtype)
     tokens = FRAMES * PATCH_ROWS * PATCH_COLUMNS
-    timestep = torch.full((1, tokens) if model.expand_timesteps else (1,), TIMESTEP)
-    text = torch.randn(1, TEXT, config.text_dim, generator=generator).to(model.dtype)
+    timestep = torch.full((2, tokens) if model.expand_timesteps else (2,), TIMESTEP)
+    text = torch.randn(1, TEXT, config.text_dim, generator=generator).to(model.dtype).repeat(2, 1, 1)
+    # In one batch with the same moved by its last bits: every weight is read and decoded once.
+    video = torch.cat([video, torch.nextafter(video, torch.full_like(video, torch.inf))])
     linears = _linears(model)
     row = torch.randn(max((_features(model, node) for node in linears), default=64), generator=generator)
     row = row.to(torch.bfloat16)
@@ -125,9 +127,7 @@ def make_golden(model: CompiledTransformer, on_node: OnNode = lambda: None) -> d
             alone[f"linear.{node.module}"] = _run_linear(model, node, x, side)
 
     sample = _call(model, [video, timestep, text], record)
-    nudged = torch.nextafter(video, torch.full_like(video, torch.inf))
-    moved = _call(model, [nudged, timestep, text], lambda number, arguments, result: on_node())
-    if not (torch.isfinite(sample).all() and torch.isfinite(moved).all()):
+    if not torch.isfinite(sample).all():
         raise Hif4Error(
             "the compiled expert gives NaN or infinite values on the golden inputs; check the checkpoint's weights, "
             "or compile without golden outputs."
@@ -138,7 +138,7 @@ def make_golden(model: CompiledTransformer, on_node: OnNode = lambda: None) -> d
         "timestep": timestep,
         "encoder_hidden_states": text,
         "sample": sample,
-        "flip_distance": torch.tensor([_distance(moved, sample)], dtype=torch.float64),
+        "flip_distance": torch.tensor([_distance(sample[1:], sample[:1])], dtype=torch.float64),
         "row": row,
         "row.codes": codes,
         "row.scales": scales,
