@@ -176,6 +176,7 @@ def test_a_caller_that_stops_early_leaves_no_threads(model):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read as Linux shows it")
+@pytest.mark.slow
 def test_memory_at_full_width(tmp_path):
     """Halves of feed-forward weights of A14B with masks and the measurement: 71 MB each, and 142 MB in float32."""
     # Reserved and never written: weights of zeros without a byte that the disk must carry.

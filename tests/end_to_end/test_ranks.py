@@ -59,7 +59,6 @@ def test_torchrun_writes_the_calibration_of_one_process(model, tmp_path):
     assert shared.stdout.splitlines()[:-2] == alone.stdout.splitlines()[:-2]
 
 
-@pytest.mark.slow
 def test_what_fails_under_torchrun_is_said_once(model, tmp_path):
     (tmp_path / "clips").mkdir()
     failed = calibrate(TORCHRUN, model, "-o", tmp_path / "c", "--clips", tmp_path / "clips")

@@ -268,6 +268,7 @@ def test_a_disk_that_fills_up(models, quick_compile, artifacts, tmp_path):
 # As users start it.
 
 
+@pytest.mark.slow
 def test_torchrun_makes_the_same(quick_compile, tmp_path):
     """Two ranks that torchrun starts, against one process of as many threads each; and what fails is said once."""
     write_diffusers_model(tmp_path / "model", "t2v", experts=1, num_layers=1)
