@@ -144,8 +144,9 @@ def _check_disk(
             tokens = {name: recorded_tokens(expert, location.configs[name]) for name, expert in known.items()}
     copied = options.components == "copy" and location.layout == "diffusers"
     needs = compile_disk(
-        plans, options.recipes, components=location.root if copied else None, targets=options.targets, tokens=tokens
-    )
+        plans, options.recipes, components=location.root if copied else None, targets=options.targets, tokens=tokens,
+        expanded=location.pipeline.expand_timesteps,
+    )  # fmt: skip
     check_disk(target, needs, doing="compiling")
 
 

@@ -46,6 +46,7 @@ def compile_disk(
     components: Path | None = None,
     targets: Sequence[str] = ("cpu",),
     tokens: Mapping[str, int] | None = None,
+    expanded: bool = False,
 ) -> dict[str, int]:
     """What a compile writes: a word for it -> bytes, for `check_disk`. Headers and programs aside.
 
@@ -55,6 +56,7 @@ def compile_disk(
         components: the pipeline's directory whose other components are copied; None for none (or for links).
         targets: what kernels are built for.
         tokens: expert -> tokens of its recorded calls (`recorded_tokens`), for rounding by GPTQ; None for few.
+        expanded: whether every token has a timestep of its own.
     """
     weights = planes = values = blocks = 0
     for name, plan in plans.items():
@@ -64,7 +66,7 @@ def compile_disk(
         blocks += len({linear.decision.path.split(".")[1] for linear in quantized})
         if recipe.rounding == "gptq":
             planes += sum(linear.plane_bytes for linear in quantized)
-            waiting = waiting_bytes(plan) * (tokens or {}).get(name, 0)
+            waiting = waiting_bytes(plan, expanded) * (tokens or {}).get(name, 0)
             values = max(values, waiting - MEMORY)  # experts come one after the other
     kernels = sum(CPU_KERNEL_BYTES if target == "cpu" else GPU_KERNEL_BYTES for target in targets)
     needs = {
@@ -77,15 +79,18 @@ def compile_disk(
     return {name: count for name, count in needs.items() if count > 0}
 
 
-def waiting_bytes(plan: ExpertPlan) -> int:
-    """Bytes of a token while GPTQ waits for all calls to arrive: the residual stream and the widest quantized input."""
+def waiting_bytes(plan: ExpertPlan, expanded: bool = False) -> int:
+    """Bytes of a token while GPTQ waits for all calls to arrive: the residual stream and the widest quantized input.
+
+    A token with a timestep of its own (`expanded`) has its embedding and six modulations as well.
+    """
     widths = [linear.out_features for linear in plan.linears if linear.decision.path.endswith("attn1.to_out.0")]
     inputs = [
         linear.in_features * 9 // 16 if linear.decision.precision == Precision.W4A4 else 2 * linear.in_features
         for linear in plan.linears
         if linear.decision.quantized
     ]
-    return 2 * max(widths, default=0) + max(inputs, default=0)
+    return 2 * max(widths, default=0) * (8 if expanded else 1) + max(inputs, default=0)
 
 
 def recorded_tokens(calibration: ExpertCalibration, config: WanConfig) -> int:

@@ -59,7 +59,9 @@ def show_estimate(
     rates = measure_rates(existing_folder(output), files)
     parts: dict[str, list[Step]] = {}
     tokens = dict.fromkeys(works, sum(calls))
-    disk = compile_disk(plans, recipes, components=components, tokens=tokens)
+    disk = compile_disk(
+        plans, recipes, components=components, tokens=tokens, expanded=description.pipeline.expand_timesteps
+    )
     rows = {"compile": (estimate.compile_memory(works, rates.cores), disk)}
     if load is not None and any(recipe.needs_calibration for recipe in recipes.values()):
         parts["calibrate"] = estimate.estimate_calibration(works, rates, load, components=rest)

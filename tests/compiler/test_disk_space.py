@@ -100,6 +100,16 @@ def test_what_a_compile_writes():
     assert solved["activations on the way"] == 32 * 32760 * (2 * 5120 + 13824 * 9 // 16) - 2**31
 
 
+def test_a_timestep_a_token_waits_too():
+    """Six modulations and an embedding beside the residual stream, all as wide and in 16 bits."""
+    tokens = {"transformer": 32 * 27280}
+    plain, expanded = (
+        needs_of("Wan2.2-TI2V-5B", load_recipe("gptq"), tokens=tokens, expanded=flag)["activations on the way"]
+        for flag in (False, True)
+    )
+    assert expanded - plain == 32 * 27280 * 7 * 2 * 3072
+
+
 def test_a_budget_is_spent():
     """8 bits a weight of the blocks: half of what they take in bf16."""
     needs = needs_of("Wan2.2-TI2V-5B", Recipe("mine", average_bits=8))
