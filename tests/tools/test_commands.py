@@ -90,7 +90,9 @@ def test_verify_fails_when_golden_outputs_differ(wan_tiny_artifact: Path, monkey
     import hif4c.runtime.verify as module
     from hif4c.runtime.golden import Replay
 
-    monkeypatch.setattr(module, "replay", lambda model, golden: Replay(3, 60, 0.25, "blocks.5.ffn.net.2", 0.5, 0.001))
+    monkeypatch.setattr(
+        module, "replay", lambda model, golden, on_node: Replay(3, 60, 0.25, "blocks.5.ffn.net.2", 0.5, 0.001)
+    )
     result = run("verify", wan_tiny_artifact)
     assert result.exit_code == 1
     for words in ("3 differ", "60: differs by 2.5e-01 blocks.5.ffn.net.2", "differs by 5.0e-01", "1.0e-03"):
@@ -103,7 +105,7 @@ def test_verify_names_a_wrong_operator(wan_tiny_artifact: Path, monkeypatch: pyt
     from hif4c.runtime.golden import Replay
 
     wrong = Replay(0, 60, 0.0, "", 0.0, 0.001, operator_error=0.5, worst_operator="hif4.norm of norm_out")
-    monkeypatch.setattr(module, "replay", lambda model, golden: wrong)
+    monkeypatch.setattr(module, "replay", lambda model, golden, on_node: wrong)
     result = run("verify", wan_tiny_artifact)
     assert result.exit_code == 1
     assert "hif4.norm of norm_out differs by 5.0e-01" in " ".join(result.stdout.split())
