@@ -185,7 +185,7 @@ class Executor:
         return found
 
     def trace(self, *inputs: torch.Tensor) -> list[Any]:
-        """Run and return the value of every node, in node order (for tests and calibration of small models)."""
+        """Run and return the value of every node, in node order (for tests)."""
         values: list[Any] = []
         self.visit(inputs, lambda number, arguments, result: values.append(result))
         return values
