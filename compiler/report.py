@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,15 @@ from hif4c.runtime.artifact import Artifact, ExpertInfo, canonical_json
 from hif4c.runtime.graph import Graph
 from hif4c.runtime.safetensors_stream import TensorFile
 
-__all__ = ["ExpertSummary", "Resolved", "render_report", "summarize", "write_report"]
+__all__ = [
+    "ExpertSummary",
+    "Resolved",
+    "open_weights",
+    "render_report",
+    "summarize",
+    "summarize_expert",
+    "write_report",
+]
 
 
 @dataclass(frozen=True)
@@ -95,27 +104,35 @@ class ExpertSummary:
 
 def summarize(artifact: Artifact) -> list[ExpertSummary]:
     """Read the headers of every expert's weight files and add up what is there."""
-    return [_summarize_expert(artifact, name) for name in artifact.experts]
+    return [summarize_expert(artifact, name) for name in artifact.experts]
 
 
-def _summarize_expert(artifact: Artifact, name: str) -> ExpertSummary:
+@contextlib.contextmanager
+def open_weights(artifact: Artifact, expert: str) -> Iterator[list[TensorFile]]:
+    """An expert's weight files, opened."""
+    with contextlib.ExitStack() as stack:
+        names = [name for name in artifact.files if name.startswith(f"{expert}/") and name.endswith(".safetensors")]
+        yield [stack.enter_context(TensorFile(artifact.path(name))) for name in names]
+
+
+def summarize_expert(artifact: Artifact, name: str) -> ExpertSummary:
+    """Read the headers of one expert's weight files and add up what is there."""
     info = artifact.expert(name)
     graph = artifact.graph(name)
     constants = _not_parameters(info, graph)
     planes = branches = others = parameters = 0
-    for relative in artifact.files:
-        if relative.startswith(f"{name}/") and relative.endswith(".safetensors"):
-            with TensorFile(artifact.path(relative)) as file:
-                for tensor in file.names:
-                    dtype, shape = file.info(tensor)
-                    elements = math.prod(shape)
-                    if tensor.endswith((".codes", ".scales")):
-                        planes += elements
-                    elif tensor.endswith((".weight.down", ".weight.up")):
-                        branches += elements * dtype.itemsize
-                    else:
-                        others += elements * dtype.itemsize
-                        parameters += 0 if tensor in constants else elements
+    with open_weights(artifact, name) as files:
+        for file in files:
+            for tensor in file.names:
+                dtype, shape = file.info(tensor)
+                elements = math.prod(shape)
+                if tensor.endswith((".codes", ".scales")):
+                    planes += elements
+                elif tensor.endswith((".weight.down", ".weight.up")):
+                    branches += elements * dtype.itemsize
+                else:
+                    others += elements * dtype.itemsize
+                    parameters += 0 if tensor in constants else elements
     quantized = sum(
         linear["in_features"] * linear["out_features"] for linear in info.linears if linear["precision"] != "high"
     )
