@@ -18,8 +18,7 @@ __all__ = ["ACTIVATIONS", "check_linear", "check_linear_w4", "linear", "linear_w
 
 ACTIVATIONS = ("gelu_tanh",)
 
-_OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_SIDE_DTYPES = (torch.bfloat16, torch.float16)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 # Bounds on the blocks, in elements. Whatever the shape (a single row of K excepted): decoded activations 16 MB, decoded
 # weight rows 8 MB, accumulator and unit products 4 MB each, and what decoding needs. 60 MB were seen in all.
 _BLOCK_A = 1 << 22
@@ -84,7 +83,7 @@ def _check_weight(
         raise Hif4Error(f"linear: the bias must have shape [{w_codes.shape[0]}], not {list(bias.shape)}.")
     if activation is not None and activation not in ACTIVATIONS:
         raise Hif4Error(f"linear: unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}.")
-    if dtype not in _OUTPUT_DTYPES:
+    if dtype not in _FLOATS:
         raise Hif4Error(f"linear: the output must be bfloat16, float16 or float32, not {dtype}.")
 
 
@@ -94,9 +93,9 @@ def _check_side(data: torch.Tensor, n: Any, side: torch.Tensor | None, side_weig
         return
     if side is None or side_weight is None:
         raise Hif4Error("linear: side and side_weight belong together; give both or neither.")
-    if side.dtype not in _SIDE_DTYPES or side.dtype != side_weight.dtype:
+    if side.dtype not in _FLOATS or side.dtype != side_weight.dtype:
         raise Hif4Error(
-            "linear: side and side_weight must be both bfloat16 or both float16, "
+            "linear: side and side_weight must be both bfloat16, both float16 or both float32, "
             f"not {side.dtype} and {side_weight.dtype}."
         )
     if side_weight.dim() != 2 or side_weight.shape[0] == 0 or side_weight.shape[1] != n:
@@ -140,13 +139,13 @@ def linear(
 
     codes [..., Kp/2] and scales [..., U, 4] of the input, w_codes [N, Kp/2] and w_scales [N, U, 4] of the weight, all
     uint8; bias [N] floating point or None; activation None or "gelu_tanh"; dtype bf16, fp16 or fp32. `side` [..., S]
-    and `side_weight` [S, N], both bf16 or both fp16, or None: what is computed beside the 4-bit product, a low-rank
-    branch or channels kept out of it. Returns [..., N].
+    and `side_weight` [S, N], both bf16, both fp16 or both fp32, or None: what is computed beside the 4-bit product, a
+    low-rank branch or channels kept out of it. Returns [..., N].
 
     The contract: in each unit the int32 dot product of the in-unit integers, times Ea*Eb/16; both exact in fp32. From
     an accumulator of 0, fp32 additions of the units in order, then of side[..., j] * side_weight[j] for j = 0 .. S-1
-    (each product has 22 bits at most, exact in fp32; one beyond its range is rounded before it is added); then the
-    bias, the activation, the gate, the residual, and one cast.
+    (each product is rounded before it is added; of bf16 or fp16 it has 22 bits at most and is exact in fp32's range);
+    then the bias, the activation, the gate, the residual, and one cast.
     Here a unit's dot product is an fp32 matmul of decoded values. Every term is an integer of at most 28*28 times
     Ea*Eb/16, so every partial sum is an integer of at most 64*784 < 2^24 (times a 6-bit significand shared by all, 22
     bits together): exact in whatever order and with whatever thread count the matmul adds. The result is therefore the

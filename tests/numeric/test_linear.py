@@ -314,8 +314,8 @@ def test_unfit_arguments_are_refused():
     for bad, words in (
         ((side, None), "side and side_weight belong together; give both or neither"),
         ((None, side_weight), "belong together"),
-        ((side.half(), side_weight), "both bfloat16 or both float16, not torch.float16 and torch.bfloat16"),
-        ((side.float(), side_weight.float()), "not torch.float32 and torch.float32"),
+        ((side.half(), side_weight), "both bfloat16, both float16 or both float32, not torch.float16 and torch.bf"),
+        ((side.double(), side_weight.double()), "not torch.float64 and torch.float64"),
         ((side, side_weight[:2]), r"side must have shape \[4, 2\], not \[4, 3\]"),
         ((side[:3], side_weight), r"side must have shape \[4, 3\], not \[3, 3\]"),
         ((side[0], side_weight), r"side must have shape \[4, 3\], not \[3\]"),

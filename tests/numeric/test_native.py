@@ -241,9 +241,10 @@ def test_side_branch_is_the_portable_one(library: Library, forced: int, m: int, 
     for dtype, added in ((torch.float32, None), (torch.bfloat16, bias), (torch.float16, bias), (torch.bfloat16, None)):
         found = library.linear(*planes, added, None, dtype, side, side_weight, instruction_set=forced)
         assert same(found, reference.linear(*planes, added, None, dtype, side, side_weight))
-    side, side_weight = branch(m, n, width, torch.float16)
-    found = library.linear(*planes, bias, None, torch.float32, side, side_weight, instruction_set=forced)
-    assert same(found, reference.linear(*planes, bias, None, torch.float32, side, side_weight))
+    for dtype in (torch.float16, torch.float32):
+        side, side_weight = branch(m, n, width, dtype)
+        found = library.linear(*planes, bias, None, torch.float32, side, side_weight, instruction_set=forced)
+        assert same(found, reference.linear(*planes, bias, None, torch.float32, side, side_weight))
 
 
 def test_side_branch_with_extreme_values_views_and_threads(library: Library, forced: int):
