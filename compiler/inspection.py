@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,14 +11,15 @@ from hif4c.compiler.capture import capture
 from hif4c.compiler.choose import Choices
 from hif4c.compiler.emit import to_graph
 from hif4c.compiler.models import WanConfig
-from hif4c.compiler.pipeline import PASS_NAMES, run_passes
+from hif4c.compiler.pipeline import PASS_NAMES, PassRecord, run_passes
 from hif4c.compiler.plan import ExpertPlan, make_plan
 from hif4c.compiler.recipe import Recipe
+from hif4c.passes.program import Program
 from hif4c.runtime.artifact import Artifact, ExpertInfo
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.graph import Graph
 
-__all__ = ["graph_at_stage"]
+__all__ = ["Traced", "graph_at_stage", "trace_again"]
 
 
 def graph_at_stage(artifact: Artifact, expert: str, stage: str) -> Graph:
@@ -28,17 +30,50 @@ def graph_at_stage(artifact: Artifact, expert: str, stage: str) -> Graph:
     """
     if stage not in PASS_NAMES:
         raise Hif4Error(f"no pass is called {stage!r}; the passes are {', '.join(PASS_NAMES)}.")
+    traced = trace_again(artifact, expert)
+    traced.run(stop_after=stage)
+    return to_graph(traced.program)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A captured program, and what the passes were driven by when the artifact was compiled."""
+
+    program: Program
+    choices: Choices
+    recipe: Recipe
+    where: str
+
+    def run(
+        self,
+        stop_after: str | None = None,
+        on_pass: Callable[[PassRecord, Program], None] | None = None,
+    ) -> list[PassRecord]:
+        """`run_passes` on the program, once.
+
+        Raises:
+            Hif4Error: the manifest's linears do not fit its config.
+        """
+        try:
+            return run_passes(self.program, self.choices, self.recipe, stop_after=stop_after, on_pass=on_pass)
+        except ValueError as error:
+            raise Hif4Error(
+                f"{self.where}: its linears do not fit its config ({error}); compile the model again."
+            ) from error
+
+
+def trace_again(artifact: Artifact, expert: str) -> Traced:
+    """Trace an expert's config again; needs no weights.
+
+    Raises:
+        Hif4Error: the manifest's config, recipe or linears cannot be used.
+    """
     info = artifact.expert(expert)
     where = f"{artifact.root}/manifest.json"
     config = WanConfig.from_dict(info.config, where)
     recipe = Recipe.from_dict(info.recipe, where)
     choices = _choices(make_plan(config, recipe, info.dtype), info, where)
-    program = capture(config, info.dtype, artifact.expand_timesteps)
-    try:
-        run_passes(program, choices, recipe, stop_after=stage)
-    except ValueError as error:
-        raise Hif4Error(f"{where}: its linears do not fit its config ({error}); compile the model again.") from error
-    return to_graph(program)
+    return Traced(capture(config, info.dtype, artifact.expand_timesteps), choices, recipe, where)
 
 
 def _choices(plan: ExpertPlan, info: ExpertInfo, where: str) -> Choices:

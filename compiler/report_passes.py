@@ -1,11 +1,216 @@
-"""What each pass did to an expert's program, as data for the report's page."""
+"""What each pass did to an expert's program, as data for the report's page.
+
+The config is traced again and every pass runs once; equal regions are stored once, whatever block and pass they are of.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
+from typing import Any
 
-__all__ = ["pass_docstring"]
+from hif4c.compiler.emit import to_graph
+from hif4c.compiler.inspection import Traced, trace_again
+from hif4c.compiler.pipeline import PassRecord
+from hif4c.compiler.program_details import ProgramDetails, stored_details
+from hif4c.compiler.program_views import NodeView, Structure, view_regions
+from hif4c.passes.program import Precision, Program
+from hif4c.passes.relax_activations import relax_activations
+from hif4c.runtime.artifact import Artifact, ExpertInfo
+from hif4c.runtime.graph import Graph, encode
+
+__all__ = ["CAPTURED", "STORED", "ExpertPasses", "NotApplied", "PassStep", "expert_passes", "pass_docstring"]
+
+CAPTURED, STORED = "captured", "graph.json"
+RELAXED = "relax_activations"
+Events = Callable[[str, Any], None]
+
+
+@dataclass(frozen=True)
+class PassStep:
+    """The program after one pass.
+
+    Attributes:
+        name: of the pass; "captured" before the first, "graph.json" for the stored program, and "relax_activations"
+            for the stored program of the timesteps that keep activations in bf16.
+        what: what it does, in a sentence.
+        changed: whether the pass says that it changed the program (which may be marks alone).
+        notes: what the pass did and left alone.
+        nodes: nodes of the program after it, without inputs and stored tensors.
+        blocks: region ("outside", "blocks.0", ...) -> number of its structure.
+    """
+
+    name: str
+    what: str
+    changed: bool
+    notes: tuple[str, ...]
+    nodes: int
+    blocks: dict[str, int]
+
+
+@dataclass(frozen=True)
+class NotApplied:
+    """Something that was left alone: what, why, and the pass that left it."""
+
+    what: str
+    why: str
+    pass_name: str
+
+
+@dataclass(frozen=True)
+class ExpertPasses:
+    """Every step from the captured program to the stored ones.
+
+    Attributes:
+        expert: its name.
+        passes: in order; the step before one is what it started from.
+        structures: what the numbers in `PassStep.blocks` mean.
+        not_applied: what did not apply, and why.
+    """
+
+    expert: str
+    passes: tuple[PassStep, ...]
+    structures: tuple[Structure, ...]
+    not_applied: tuple[NotApplied, ...]
+
+    def difference(self, step: int, region: str) -> tuple[list[NodeView], list[NodeView]]:
+        """The nodes of a region that step number `step` took away, and those that it brought."""
+        after = self._nodes(step, region)
+        before = self._nodes(step - 1, region) if step else {}
+        return [node for node in before if node not in after], [node for node in after if node not in before]
+
+    def _nodes(self, step: int, region: str) -> dict[NodeView, None]:
+        number = self.passes[step].blocks.get(region)
+        return {} if number is None else dict.fromkeys(self.structures[number].nodes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, with every distinct node once.
+
+        "nodes" are rows in the order of `NodeView`'s attributes (which "node_fields" names), those of a structure are
+        positions in it: between two steps, the nodes that went and came are a difference of sets of positions.
+        """
+        table: dict[NodeView, int] = {}
+        structures = [
+            {
+                "nodes": [table.setdefault(node, len(table)) for node in structure.nodes],
+                "edges": [list(edge) for edge in structure.edges],
+                "inputs": [list(astuple(item)) for item in structure.inputs],
+            }
+            for structure in self.structures
+        ]
+        return {
+            "expert": self.expert,
+            "passes": [vars(step) for step in self.passes],
+            "not_applied": [vars(item) for item in self.not_applied],
+            "node_fields": list(NodeView.__dataclass_fields__),
+            "nodes": [list(vars(node).values()) for node in table],
+            "structures": structures,
+        }
+
+
+def expert_passes(artifact: Artifact, expert: str, on_event: Events = lambda event, value: None) -> ExpertPasses:
+    """Trace the expert's config again and record the program after every pass.
+
+    Args:
+        artifact: an opened artifact.
+        expert: the expert's name.
+        on_event: called with ("stage", what is being done), once a pass.
+
+    Raises:
+        Hif4Error: there is no such expert, or the manifest's config, recipe or linears cannot be used.
+    """
+    on_event("stage", f"tracing {expert}")
+    return _collect(trace_again(artifact, expert), artifact, expert, on_event)
+
+
+def _collect(traced: Traced, artifact: Artifact, expert: str, on_event: Events) -> ExpertPasses:
+    steps = _Steps()
+    steps.add(CAPTURED, "The program as `torch.export` traced it.", True, (), traced.program)
+
+    def on_pass(record: PassRecord, program: Program) -> None:
+        on_event("stage", record.name)
+        what, _ = pass_docstring(record.name)
+        steps.add(record.name, _sentence(what), record.changed, record.notes, program)
+
+    records = traced.run(on_pass=on_pass)
+    steps.add_stored(STORED, "The program that the artifact stores.", (), traced.program, artifact.graph(expert))
+    if "bf16" in artifact.variants(expert):
+        result = relax_activations(traced.program)
+        what, _ = pass_docstring(RELAXED)
+        stored = artifact.graph(expert, "bf16")
+        steps.add_stored(RELAXED, _sentence(what), tuple(result.notes), traced.program, stored)
+    left = _not_applied(records, artifact.expert(expert))
+    return ExpertPasses(expert, tuple(steps.steps), tuple(steps.structures), tuple(left))
+
+
+class _Steps:
+    """Collects steps; equal structures get one number."""
+
+    def __init__(self) -> None:
+        self.steps: list[PassStep] = []
+        self.structures: dict[Structure, int] = {}
+        self._details = ProgramDetails()
+
+    def add(self, name: str, what: str, changed: bool, notes: tuple[str, ...], program: Program) -> None:
+        graph = to_graph(program)
+        regions = view_regions(graph, self._details.nodes(program), self._details.tensors(program))
+        self._add(name, what, changed, notes, graph, regions)
+
+    def add_stored(self, name: str, what: str, notes: tuple[str, ...], program: Program, stored: Graph) -> None:
+        """The artifact's own program; what the passes know of it holds where it is the program traced again."""
+        if encode(to_graph(program)) == encode(stored):
+            regions = view_regions(stored, self._details.nodes(program), self._details.tensors(program))
+        else:
+            notes = (*notes, "not what this version of hif4c, torch and diffusers traces; values are numbered anew")
+            regions = view_regions(stored, stored_details(stored), {})
+        changed = self._add(name, what, True, notes, stored, regions)
+        self.steps[-1] = PassStep(name, what, changed, notes, len(stored.nodes), self.steps[-1].blocks)
+
+    def _add(
+        self,
+        name: str,
+        what: str,
+        changed: bool,
+        notes: tuple[str, ...],
+        graph: Graph,
+        regions: Mapping[str, Structure],
+    ) -> bool:
+        """Whether a region differs from the step before."""
+        number = {
+            region: self.structures.setdefault(structure, len(self.structures)) for region, structure in regions.items()
+        }
+        before = self.steps[-1].blocks if self.steps else {}
+        self.steps.append(PassStep(name, what, changed, notes, len(graph.nodes), number))
+        return number != before
+
+
+def _not_applied(records: list[PassRecord], info: ExpertInfo) -> list[NotApplied]:
+    left: dict[tuple[str, str, str], list[str]] = {}
+    for linear in info.linears:
+        if linear["precision"] == Precision.HIGH:
+            left.setdefault(("4 bits", linear["reason"], "choose_precision"), []).append(linear["path"])
+        elif linear["precision"] == Precision.W4A16 and info.recipe.get("activations") == "hif4":
+            left.setdefault(("4-bit activations", linear["reason"], "choose_precision"), []).append(linear["path"])
+    found = [NotApplied(f"{what}: {', '.join(paths)}", why, name) for (what, why, name), paths in left.items()]
+    for record in records:
+        found += [item for note in record.notes if (item := _from_note(note, record)) is not None]
+    return found
+
+
+COUNTED = re.compile(r"(?P<count>\d+) (?P<what>not \w+), (?P<why>.*): (?P<where>[^:]*)")
+NAMED = re.compile(r"(?P<where>[^:]*): (?P<what>not \w+), (?P<why>.*)")
+
+
+def _from_note(note: str, record: PassRecord) -> NotApplied | None:
+    """What a pass's note says that it left alone; None for a note of what it did."""
+    if match := COUNTED.fullmatch(note) or NAMED.fullmatch(note):
+        return NotApplied(f"{match['what']}: {match['where']}", match["why"], record.name)
+    if not record.changed:
+        return NotApplied("the whole pass", note, record.name)
+    return None
 
 
 def pass_docstring(name: str) -> tuple[str, str]:
@@ -18,3 +223,8 @@ def pass_docstring(name: str) -> tuple[str, str]:
     for heading in ("\n\nArgs:", "\n\nRaises:", "\n\nReturns:"):
         how = how.split(heading)[0]
     return inspect.cleandoc(module.__doc__ or ""), how
+
+
+def _sentence(docstring: str) -> str:
+    """The first paragraph of a docstring, on one line."""
+    return " ".join(docstring.split("\n\n")[0].split())
