@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -62,8 +63,14 @@ class Traced:
             ) from error
 
 
-def trace_again(artifact: Artifact, expert: str) -> Traced:
+def trace_again(artifact: Artifact, expert: str, captured: dict[tuple[Any, ...], Program] | None = None) -> Traced:
     """Trace an expert's config again; needs no weights.
+
+    Args:
+        artifact: an opened artifact.
+        expert: the expert's name.
+        captured: what was traced before; an expert with a config of its own is added. Experts of one config then cost
+            one trace. None traces, and keeps nothing.
 
     Raises:
         Hif4Error: the manifest's config, recipe or linears cannot be used.
@@ -73,7 +80,12 @@ def trace_again(artifact: Artifact, expert: str) -> Traced:
     config = WanConfig.from_dict(info.config, where)
     recipe = Recipe.from_dict(info.recipe, where)
     choices = _choices(make_plan(config, recipe, info.dtype), info, where)
-    return Traced(capture(config, info.dtype, artifact.expand_timesteps), choices, recipe, where)
+    key = (config, info.dtype, artifact.expand_timesteps)
+    if captured is None:
+        return Traced(capture(*key), choices, recipe, where)
+    if key not in captured:
+        captured[key] = capture(*key)
+    return Traced(captured[key].copy(), choices, recipe, where)
 
 
 def _choices(plan: ExpertPlan, info: ExpertInfo, where: str) -> Choices:

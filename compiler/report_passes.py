@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -22,7 +22,16 @@ from hif4c.passes.relax_activations import relax_activations
 from hif4c.runtime.artifact import Artifact, ExpertInfo
 from hif4c.runtime.graph import Graph, encode
 
-__all__ = ["CAPTURED", "STORED", "ExpertPasses", "NotApplied", "PassStep", "expert_passes", "pass_docstring"]
+__all__ = [
+    "CAPTURED",
+    "STORED",
+    "ExpertPasses",
+    "NotApplied",
+    "PassStep",
+    "artifact_passes",
+    "expert_passes",
+    "pass_docstring",
+]
 
 CAPTURED, STORED = "captured", "graph.json"
 RELAXED = "relax_activations"
@@ -122,8 +131,18 @@ def expert_passes(artifact: Artifact, expert: str, on_event: Events = lambda eve
     Raises:
         Hif4Error: there is no such expert, or the manifest's config, recipe or linears cannot be used.
     """
-    on_event("stage", f"tracing {expert}")
+    on_event("stage", f"{expert}: trace")
     return _collect(trace_again(artifact, expert), artifact, expert, on_event)
+
+
+def artifact_passes(artifact: Artifact, on_event: Events = lambda event, value: None) -> dict[str, ExpertPasses]:
+    """`expert_passes` of every expert; those of one config share its trace, which is what takes long."""
+    captured: dict[tuple[Any, ...], Program] = {}
+    found = {}
+    for expert in artifact.experts:
+        on_event("stage", f"{expert}: trace")
+        found[expert] = _collect(trace_again(artifact, expert, captured), artifact, expert, on_event)
+    return found
 
 
 def _collect(traced: Traced, artifact: Artifact, expert: str, on_event: Events) -> ExpertPasses:
@@ -131,7 +150,7 @@ def _collect(traced: Traced, artifact: Artifact, expert: str, on_event: Events) 
     steps.add(CAPTURED, "The program as `torch.export` traced it.", True, (), traced.program)
 
     def on_pass(record: PassRecord, program: Program) -> None:
-        on_event("stage", record.name)
+        on_event("stage", f"{expert}: {record.name}")
         what, _ = pass_docstring(record.name)
         steps.add(record.name, _sentence(what), record.changed, record.notes, program)
 
@@ -156,61 +175,59 @@ class _Steps:
 
     def add(self, name: str, what: str, changed: bool, notes: tuple[str, ...], program: Program) -> None:
         graph = to_graph(program)
-        regions = view_regions(graph, self._details.nodes(program), self._details.tensors(program))
-        self._add(name, what, changed, notes, graph, regions)
+        blocks = self._blocks(graph, program)
+        self.steps.append(PassStep(name, what, changed, notes, len(graph.nodes), blocks))
 
     def add_stored(self, name: str, what: str, notes: tuple[str, ...], program: Program, stored: Graph) -> None:
         """The artifact's own program; what the passes know of it holds where it is the program traced again."""
-        if encode(to_graph(program)) == encode(stored):
-            regions = view_regions(stored, self._details.nodes(program), self._details.tensors(program))
-        else:
-            notes = (*notes, "not what this version of hif4c, torch and diffusers traces; values are numbered anew")
-            regions = view_regions(stored, stored_details(stored), {})
-        changed = self._add(name, what, True, notes, stored, regions)
-        self.steps[-1] = PassStep(name, what, changed, notes, len(stored.nodes), self.steps[-1].blocks)
+        same = encode(to_graph(program)) == encode(stored)
+        blocks = self._blocks(stored, program if same else None)
+        if not same:
+            notes = (*notes, "not what this version of hif4c, torch and diffusers traces: values are numbered anew")
+        self.steps.append(PassStep(name, what, blocks != self.steps[-1].blocks, notes, len(stored.nodes), blocks))
 
-    def _add(
-        self,
-        name: str,
-        what: str,
-        changed: bool,
-        notes: tuple[str, ...],
-        graph: Graph,
-        regions: Mapping[str, Structure],
-    ) -> bool:
-        """Whether a region differs from the step before."""
-        number = {
+    def _blocks(self, graph: Graph, program: Program | None) -> dict[str, int]:
+        """The number of every region's structure."""
+        if program is None:
+            regions = view_regions(graph, stored_details(graph), {})
+        else:
+            regions = view_regions(graph, self._details.nodes(program), self._details.tensors(program))
+        return {
             region: self.structures.setdefault(structure, len(self.structures)) for region, structure in regions.items()
         }
-        before = self.steps[-1].blocks if self.steps else {}
-        self.steps.append(PassStep(name, what, changed, notes, len(graph.nodes), number))
-        return number != before
 
 
 def _not_applied(records: list[PassRecord], info: ExpertInfo) -> list[NotApplied]:
-    left: dict[tuple[str, str, str], list[str]] = {}
+    """From the manifest what the plan left in more bits, and from the notes what the passes left alone."""
+    kept: dict[tuple[str, str], list[str]] = {}
     for linear in info.linears:
         if linear["precision"] == Precision.HIGH:
-            left.setdefault(("4 bits", linear["reason"], "choose_precision"), []).append(linear["path"])
+            kept.setdefault(("4 bits", linear["reason"]), []).append(linear["path"])
         elif linear["precision"] == Precision.W4A16 and info.recipe.get("activations") == "hif4":
-            left.setdefault(("4-bit activations", linear["reason"], "choose_precision"), []).append(linear["path"])
-    found = [NotApplied(f"{what}: {', '.join(paths)}", why, name) for (what, why, name), paths in left.items()]
+            kept.setdefault(("4-bit activations", linear["reason"]), []).append(linear["path"])
+    found = [NotApplied(f"{what}: {', '.join(paths)}", why, "choose_precision") for (what, why), paths in kept.items()]
     for record in records:
         found += [item for note in record.notes if (item := _from_note(note, record)) is not None]
+    if info.bf16_timesteps:
+        when = ", ".join(f"{low:g} to {high:g}" for low, high in info.bf16_timesteps)
+        why = f"the recipe keeps bf16 activations in {info.recipe.get('bf16_steps', 0):.0%} of the steps"
+        found.append(NotApplied(f"4-bit activations: timesteps {when}", why, RELAXED))
     return found
 
 
-COUNTED = re.compile(r"(?P<count>\d+) (?P<what>not \w+), (?P<why>.*): (?P<where>[^:]*)")
-NAMED = re.compile(r"(?P<where>[^:]*): (?P<what>not \w+), (?P<why>.*)")
+NOTES = (
+    re.compile(r"\d+ (?P<what>not \w+), (?P<why>.*): (?P<where>[^:]*)"),
+    re.compile(r"(?P<where>[^:]*): (?P<what>not \w+), (?P<why>.*)"),
+)
+"""Notes of what was left alone: "3 not folded, REASON: PATH and 2 more" and "PATH: not fused, REASON"."""
 
 
 def _from_note(note: str, record: PassRecord) -> NotApplied | None:
     """What a pass's note says that it left alone; None for a note of what it did."""
-    if match := COUNTED.fullmatch(note) or NAMED.fullmatch(note):
-        return NotApplied(f"{match['what']}: {match['where']}", match["why"], record.name)
-    if not record.changed:
-        return NotApplied("the whole pass", note, record.name)
-    return None
+    for pattern in NOTES:
+        if match := pattern.fullmatch(note):
+            return NotApplied(f"{match['what']}: {match['where']}", match["why"], record.name)
+    return None if record.changed else NotApplied("the whole pass", note, record.name)
 
 
 def pass_docstring(name: str) -> tuple[str, str]:
