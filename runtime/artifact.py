@@ -30,6 +30,7 @@ __all__ = [
     "manifest_digest",
     "open_artifact",
     "sha256_file",
+    "timestep_ranges",
 ]
 
 FORMAT = "hif4c-artifact"
@@ -267,12 +268,12 @@ def _expert(name: str, entry: Mapping[str, Any]) -> ExpertInfo:
         dict(entry["recipe"]),
         str(entry["fingerprint"]),
         [dict(item) for item in entry["linears"]],
-        _timestep_ranges(entry.get("bf16_timesteps", [])),
+        timestep_ranges(entry.get("bf16_timesteps", [])),
     )
 
 
-def _timestep_ranges(value: Any) -> tuple[tuple[float, float], ...]:
-    """Ranges [low, high], sorted and disjoint, inside [0, 1000]."""
+def timestep_ranges(value: Any) -> tuple[tuple[float, float], ...]:
+    """Ranges [low, high], sorted and disjoint, inside [0, 1000]; a TypeError or ValueError says what is wrong."""
     if not isinstance(value, list):
         raise TypeError("bf16_timesteps is not a list of ranges")
     ranges: list[tuple[float, float]] = []

@@ -18,7 +18,13 @@ from hif4c.runtime.graph import Graph
 from hif4c.runtime.native import check_word, select
 from hif4c.runtime.offload import BlockOffload, BlockStore, block_of, check_offload
 from hif4c.runtime.stored_weights import StoredWeights
-from hif4c.runtime.transformer_checks import CONFIG_KEYS, TransformerConfig, check_inputs, check_shared_tensors
+from hif4c.runtime.transformer_checks import (
+    CONFIG_KEYS,
+    TransformerConfig,
+    check_inputs,
+    check_shared_tensors,
+    in_ranges,
+)
 
 __all__ = ["CompiledTransformer", "TransformerConfig", "TransformerOutput", "check_device", "load", "load_expert"]
 
@@ -208,10 +214,7 @@ class CompiledTransformer(nn.Module):
 
         Where there are ranges and the timesteps are on a GPU, this waits for it: one number is read back.
         """
-        if not self.bf16_timesteps or timestep.numel() == 0:
-            return False
-        largest = timestep.max().item()
-        return any(low <= largest <= high for low, high in self.bf16_timesteps)
+        return in_ranges(timestep, self.bf16_timesteps)
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.graph import Graph
 
-__all__ = ["CONFIG_KEYS", "TransformerConfig", "check_inputs", "check_shared_tensors"]
+__all__ = ["CONFIG_KEYS", "TransformerConfig", "check_inputs", "check_shared_tensors", "in_ranges"]
 
 CONFIG_KEYS = ("in_channels", "patch_size", "rope_max_seq_len", "text_dim")  # those that a call looks at
 
@@ -60,3 +61,11 @@ def check_shared_tensors(graph: Graph, other: Graph) -> None:
                 f"the program for bf16 steps reads {item.name} as {item.type}, the main program as "
                 f"{known[item.name]}; compile it again."
             )
+
+
+def in_ranges(timestep: torch.Tensor, ranges: Sequence[tuple[float, float]]) -> bool:
+    """Whether the largest timestep, of any shape, lies in one of the ranges, both ends included."""
+    if not ranges or timestep.numel() == 0:
+        return False
+    largest = timestep.max().item()
+    return any(low <= largest <= high for low, high in ranges)
