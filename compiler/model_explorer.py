@@ -81,7 +81,8 @@ def write_model_explorer(artifact: Artifact, output: Path) -> ExplorerFiles:
     programs = describe_programs(artifact)
     experts = ", ".join(f"{name}: {info.recipe['name']}" for name, info in artifact.experts.items())
     label = f"{artifact.manifest['model']['source']} ({experts})"
-    contents = {output: {"label": label, "graphs": [item.graph for item in programs], "graphSorting": "name_asc"}}
+    graphs = [item.graph for item in programs]
+    contents: dict[Path, Any] = {output: {"label": label, "graphs": graphs, "graphSorting": "name_asc"}}
     node_data: dict[str, Path] = {}
     for metric in METRICS:
         found = {item.graph["id"]: _node_data(metric, item.data[metric]) for item in programs if item.data[metric]}
@@ -200,8 +201,9 @@ class _Drawing:
         }
 
     def _node(self, number: int, node: Node) -> dict[str, Any]:
-        names, edges, tags = [f"%{number}"], [], []
-        attributes = {"value": names[0], "operator": node.target, "module": node.module}
+        edges: list[dict[str, Any]] = []
+        tags: list[dict[str, Any]] = []
+        attributes = {"value": f"%{number}", "operator": node.target, "module": node.module}
         for name, value in _named_arguments(node):
             if isinstance(value, Ref) and value.index in self.tensors:
                 attributes[name] = self.stored.describe(self.tensors[value.index])
@@ -214,11 +216,11 @@ class _Drawing:
                     attributes[name] = self._text(value)
         module = _module(node)
         space = "sizes" if isinstance(node.type, str) else module.replace(".", "/")
-        self._measure(names[0], node, space)
+        self._measure(f"%{number}", node, space)
         if node.target in PRECISIONS and node.module in self.linears:
             attributes |= _about_linear(self.linears[node.module], PRECISIONS[node.target])
         return {
-            "id": names[0],
+            "id": f"%{number}",
             "label": self._label(node, module),
             "namespace": space,
             "attrs": _pairs(attributes),
