@@ -173,7 +173,7 @@ def artifact_numbers(
     return ArtifactNumbers(
         source=str(model["source"]),
         pipeline_class=str(model["pipeline_class"]),
-        boundary_ratio=model.get("boundary_ratio"),
+        boundary_ratio=_number(model.get("boundary_ratio")),
         expand_timesteps=artifact.expand_timesteps,
         format_version=manifest["format_version"],
         digest=manifest["digest"],
@@ -222,7 +222,13 @@ def expert_numbers(
     with open_weights(artifact, expert) as files:
         stored = {name: file for file in files for name in file.names}
         for linear in info.linears:
-            linears.append(_linear(linear, stored, weights))
+            try:
+                linears.append(_linear(linear, stored, weights))
+            except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+                raise Hif4Error(
+                    f"{artifact.root}: the manifest does not describe a linear of {expert} as compiled "
+                    f"({type(error).__name__}: {str(error)[:80]}); compile it again."
+                ) from None
             if weights:
                 on_event("bytes", 1)
     groups = []
@@ -276,6 +282,10 @@ def _place(path: str) -> tuple[int | None, str]:
     return (None, path) if found is None else (int(found[1]), found[2])
 
 
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
 def _linear(entry: Mapping[str, Any], stored: Mapping[str, TensorFile], weights: bool) -> LinearNumbers:
     path, inputs, outputs = str(entry["path"]), int(entry["in_features"]), int(entry["out_features"])
     block, kind = _place(path)
@@ -293,7 +303,7 @@ def _linear(entry: Mapping[str, Any], stored: Mapping[str, TensorFile], weights:
         reason=str(entry["reason"]),
         mask=mask,
         mask_folded=bool(entry.get("mask_folded")),
-        alpha=entry.get("alpha"),
+        alpha=_number(entry.get("alpha")),
         mask_min=low,
         mask_max=high,
         shift=entry.get("shift") is not None,
@@ -301,8 +311,8 @@ def _linear(entry: Mapping[str, Any], stored: Mapping[str, TensorFile], weights:
         rounding=str(entry.get("rounding", "nearest")),
         rank=int(entry.get("rank", 0)),
         outlier_columns=int(entry.get("outlier_columns", 0)),
-        sqnr=entry.get("sqnr"),
-        errors=dict(entry.get("errors", {})),
+        sqnr=_number(entry.get("sqnr")),
+        errors={str(name): float(value) for name, value in entry.get("errors", {}).items()},
         bytes=sum(sizes.values()),
         bf16_bytes=2 * outputs * (inputs + ("bias" in sizes)),
         weight=_weight(path, inputs, outputs, stored) if weights else None,
@@ -319,18 +329,18 @@ def _mask_range(file: TensorFile, name: str) -> tuple[float, float]:
 
 def _weight(path: str, inputs: int, outputs: int, stored: Mapping[str, TensorFile]) -> WeightStatistics | None:
     whole, codes, scales = (f"{path}.weight{suffix}" for suffix in ("", ".codes", ".scales"))
-    if codes in stored and scales in stored:
-        files = {name: stored[name] for name in (codes, scales)}
-        planes = [file.read(name) for name, file in files.items()]
-        found = packed_statistics(planes[0], planes[1], inputs, f"{stored[codes].path}: {codes}")
-    elif whole in stored:
-        files = {whole: stored[whole]}
-        planes = [stored[whole].read(whole)]
-        found = dense_statistics(planes[0], f"{stored[whole].path}: {whole}")
-    else:
+    names = [codes, scales] if codes in stored and scales in stored else [whole]
+    if names[0] not in stored:
         return None
-    if len(planes[0]) != outputs:
-        raise Hif4Error(f"{stored[next(iter(files))].path}: {path} has other outputs than the manifest says.")
-    for name, file in files.items():
-        file.release(name)
+    where = f"{stored[names[0]].path}: {names[0]}"
+    tensors = [stored[name].read(name) for name in names]
+    shape = (outputs, inputs) if len(names) == 1 else (outputs, *tensors[0].shape[1:])
+    if tensors[0].shape != shape:
+        raise Hif4Error(f"{where}: does not have the shape that the manifest says; the artifact is damaged.")
+    if len(names) == 1:
+        found = dense_statistics(tensors[0], where)
+    else:
+        found = packed_statistics(tensors[0], tensors[1], inputs, where)
+    for name in names:
+        stored[name].release(name)
     return found

@@ -1,8 +1,8 @@
 """How the values of a stored weight are spread, read from its 4-bit planes or from its high-precision form.
 
 Large weights are sampled: of a weight of more than `SAMPLED_WEIGHTS` elements evenly spaced whole rows are counted, the
-first one included. A share p of n counted elements then has a standard error of about sqrt(p (1 - p) / n), below 0.05 %
-of the whole, as long as rows are alike. The ranges of the units' scales are always of all units.
+first one included. A share p of n counted elements then has a standard error of about sqrt(p (1 - p) / n), at most
+0.1 % of the whole, as long as rows are alike. The ranges of the units' scales are always of all units.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
     "row_step",
 ]
 
-SAMPLED_WEIGHTS = 1 << 20
+SAMPLED_WEIGHTS = 1 << 18
 _IN_UNIT = 32  # a power of two above the largest |n|
 
 
@@ -82,7 +82,7 @@ def packed_statistics(codes: torch.Tensor, scales: torch.Tensor, channels: int, 
         Hif4Error: planes that do not fit each other or `channels`, or a unit that is NaN.
     """
     check_planes(codes, scales, channels, what)
-    level1 = scales[..., 0]
+    level1 = scales[..., 0].numpy()  # strided: three times as fast there as in torch
     lowest, highest = int(level1.min()), int(level1.max())
     if highest == NAN_E6M2:
         raise _not_finite(what)
