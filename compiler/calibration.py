@@ -122,21 +122,6 @@ class ExpertCalibration:
             )
             yield call, self._finite(prefix + "sample")
 
-    def bins_in(self, low: float, high: float) -> list[int]:
-        """The timestep bins that overlap [low, high].
-
-        Raises:
-            Hif4Error: none does.
-        """
-        bins = zip(self.edges, self.edges[1:], strict=False)
-        found = [index for index, (start, end) in enumerate(bins) if start < high and low < end]
-        if not found:
-            raise Hif4Error(
-                f"{self._file.path}: {self.name} was calibrated on timesteps {self.edges[0]:g} to {self.edges[-1]:g}, "
-                f"not {low:g} to {high:g}; choose others."
-            )
-        return found
-
     def _finite(self, name: str) -> torch.Tensor:
         tensor = self._file.read(name)
         if not bool(torch.isfinite(tensor).all()):

@@ -140,19 +140,6 @@ def test_rows_are_thinned_evenly(tmp_path):
     assert places[-1] >= len(x) - 2
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "bins"),
-    [(0, 1000, [0, 1]), (0, 500, [0]), (500, 1000, [1]), (499, 501, [0, 1]), (700, 700.5, [1]), (-50, 10, [0])],
-)
-def test_bins_of_a_timestep_range(path, low, high, bins):
-    assert Calibration(path).expert("transformer").bins_in(low, high) == bins
-
-
-def test_a_timestep_range_without_a_bin(path):
-    with pytest.raises(Hif4Error, match=r"transformer was calibrated on timesteps 0 to 1000, not 1000 to 1200"):
-        Calibration(path).expert("transformer").bins_in(1000, 1200)
-
-
 def test_another_models_file_is_refused(path):
     with Calibration(path) as calibration:
         with pytest.raises(Hif4Error, match=r"other weights than this transformer_2 \(of some-model\)"):
