@@ -259,6 +259,11 @@ class TensorFile:
         """Bytes of a tensor's data."""
         return self._entry(name)[0].nbytes
 
+    def place(self, name: str) -> tuple[int, int]:
+        """Where a tensor's data begin in the file, and their bytes."""
+        spec, offset = self._entry(name)
+        return self._data_start + offset, spec.nbytes
+
     def close(self) -> None:
         """Give up the map; tensors read from it keep it alive."""
         self._entries = {}
