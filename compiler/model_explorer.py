@@ -74,8 +74,10 @@ def write_model_explorer(artifact: Artifact, output: Path) -> ExplorerFiles:
     Existing files are replaced, each as a whole.
 
     Raises:
-        Hif4Error: a program or a header is damaged, or the files cannot be written.
+        Hif4Error: a program or a header is damaged, the name does not end in .json, or a file cannot be written.
     """
+    if output.suffix != ".json":
+        raise Hif4Error(f"{output}: Model Explorer tells what a file is by its name; choose one that ends in .json.")
     if output.resolve().is_relative_to(artifact.root.resolve()):
         raise Hif4Error(f"{output}: lies inside the artifact, whose files are all listed; choose another folder.")
     programs = describe_programs(artifact)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hif4c.tools.console import console, run_command
+from hif4c.tools.console import Reporter, console, run_command
 
 if TYPE_CHECKING:
     from hif4c.runtime.artifact import Artifact
@@ -34,6 +34,12 @@ def inspect(
     variant: Annotated[
         str | None, typer.Option(help="bf16: the program of the timesteps that keep activations in bf16.")
     ] = None,
+    model_explorer: Annotated[
+        Path | None, typer.Option(help="Write every program here (.json) for Google's Model Explorer, with node data.")
+    ] = None,
+    diff: Annotated[
+        Path | None, typer.Option(help="Another artifact, the one before: what differs in ARTIFACT, the one after.")
+    ] = None,
 ) -> None:
     """Summarize precisions and bytes; with --block, --stage, --graph or --variant, print the program a line a node."""
     from hif4c.compiler.report import render_report
@@ -47,6 +53,12 @@ def inspect(
         console.print("\n".join(PASS_NAMES))
         return
     opened = open_artifact(artifact)
+    if diff is not None:
+        _compare(open_artifact(diff), opened)
+    if model_explorer is not None:
+        _write_model_explorer(opened, model_explorer)
+    if diff is not None or model_explorer is not None:
+        return
     expert = opened.expert(expert or next(iter(opened.experts))).name
     if stage is not None and variant is not None:
         raise Hif4Error(f"--variant {variant}: is a program as it was compiled; leave out --stage {stage}.")
@@ -67,6 +79,30 @@ def inspect(
     lines = list(program_lines(program, None if block is None else f"blocks.{block}"))
     if not lines:
         raise Hif4Error(f"{expert} has no block {block}.")
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def _compare(before: Artifact, after: Artifact) -> None:
+    """Print what differs between two artifacts."""
+    from hif4c.compiler.artifact_diff import compare_artifacts
+    from hif4c.compiler.artifact_diff_tables import render_difference
+
+    with Reporter.open() as report:
+        differences = compare_artifacts(before, after, report)
+    for part in render_difference(before, after, differences):
+        console.print(part)
+
+
+def _write_model_explorer(artifact: Artifact, output: Path) -> None:
+    """Write the programs for Model Explorer, and print how to open them."""
+    import shlex
+
+    from hif4c.compiler.model_explorer import write_model_explorer
+
+    written = write_model_explorer(artifact, output)
+    lines = [f"wrote {path}" for path in (written.graphs, *written.node_data.values())]
+    lines += [f"no {metric}: nothing was measured" for metric in written.missing]
+    lines += ["open it with (pip install ai-edge-model-explorer):", f"  {shlex.join(written.command)}"]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
