@@ -203,7 +203,7 @@ class _Places:
 
         location, file = next((location, file) for location, file, _ in self.files if item.name in file.names)
         offset, nbytes = file.place(item.name)
-        found = TensorProto(name=item.name, data_type=ELEMENT_TYPES[item.type.dtype], dims=item.type.shape)
+        found = TensorProto(name=item.name, data_type=ELEMENT_TYPES[item.type.dtype], dims=map(int, item.type.shape))
         found.data_location = TensorProto.EXTERNAL
         for key, value in (("location", location), ("offset", offset), ("length", nbytes)):
             found.external_data.add(key=key, value=str(value))

@@ -84,6 +84,7 @@ class OnnxGraph:
         sizes: symbolic dimension -> the value that holds it, as far as known.
         functions: of domain `hif4` that are called.
         quantized: value that holds quantized activations -> module of the first linear that reads it.
+        last_product: what the linear before has computed: the next weight is decoded after it.
     """
 
     opset: int
@@ -94,6 +95,7 @@ class OnnxGraph:
     sizes: dict[str, Size] = field(default_factory=dict)
     functions: set[str] = field(default_factory=set)
     quantized: dict[str, str] = field(default_factory=dict)
+    last_product: Tensor | None = None
     _made: dict[Any, list[Tensor]] = field(default_factory=dict)
     _counts: dict[str, int] = field(default_factory=dict)
     _constants: dict[Any, str] = field(default_factory=dict)

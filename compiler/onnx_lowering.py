@@ -144,8 +144,6 @@ class _Lowering:
                     f"{node.target} of {node.module or 'the model'} has no form in ONNX ({reason})"
                 ) from error
         outputs = self._outputs()
-        if g.functions:
-            self._add_zero()
         g.constants.update(onnx_functions.tables(g.functions))
         g.remove_unread(outputs)
         read = {name for node in g.nodes for name in node.input} | set(outputs)
@@ -197,18 +195,6 @@ class _Lowering:
                 g.nodes.append(helper.make_node("Identity", [value.name], [name], name=name))
                 g.types[name] = value.type
         return names
-
-    def _add_zero(self) -> None:
-        """The zero that keeps weights from being decoded when a session is made; from the smallest input."""
-        source = next((item for item in self.inputs if item.name == "timestep"), self.inputs[0])
-        nodes = onnx_functions.zero_nodes(source.name)
-        for number, node in enumerate(nodes):
-            node.name = f"hif4/zero/{node.op_type}"
-            for name in node.output:
-                last = number + 1 == len(nodes)
-                dtype = "bool" if node.op_type in ("Less", "IsNaN") else "uint8"
-                self.g.types[name] = TensorType(dtype, () if last else source.type.shape)
-        self.g.nodes[:0] = nodes
 
 
 def _explicit_planes(graph: Graph) -> set[int]:

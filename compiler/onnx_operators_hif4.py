@@ -61,7 +61,6 @@ def _prepared(g: OnnxGraph, x: Tensor, mask: Tensor | None, hadamard: int) -> Te
     if mask is not None:
         x = g.add("Mul", [x.name, mask.name], x.type)
     if hadamard > 1:
-        # The function reshapes whole units; a width divides K, but not always K of a unit's tail.
         (x,) = g.call(hadamard_function(hadamard), [x], [x.type])
     missing = -k % UNIT
     if missing:
@@ -149,7 +148,8 @@ def _product(g: OnnxGraph, kind: TensorType, values: Tensor, w_codes: Tensor, w_
     if tuple(w_scales.shape[1:]) != (_channels(values) // UNIT, SCALE_BYTES):
         raise ValueError("a 4-bit weight that does not fit its input")
     result = replace(values.type, shape=(*values.shape[:-1], w_codes.shape[0]))
-    (product,) = g.call("Linear", [values, w_codes, w_scales], [result])
+    (product,) = g.call("Linear", [values, w_codes, w_scales, g.last_product or values], [result])
+    g.last_product = product
     return _without_batch(g, product, len(kind.shape))
 
 
