@@ -135,6 +135,12 @@ class ExpertCalibration:
 class Calibration:
     """An open calibration file; its header and the shapes of its tensors are checked, values when they are read.
 
+    Use it as a context manager, or `close` it. `model` is what it was made of, `runs` what its calls were made from,
+    and `experts` maps names to what was recorded of them.
+
+    Args:
+        path: file of `hif4c calibrate`.
+
     Raises:
         Hif4Error: not a calibration file, one of another version, or a damaged one.
     """

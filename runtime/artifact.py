@@ -50,10 +50,17 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class ExpertInfo:
-    """What the manifest says of one expert: config of the model class, dtype, recipe, and its linears with reasons.
+    """What the manifest says of one expert.
 
-    `bf16_timesteps` are the ranges (low, high) of timesteps, both ends included, in which the program `graph.bf16.json`
-    runs instead of `graph.json`: sorted, disjoint, in 0 to 1000; empty for an expert of one program.
+    Attributes:
+        name: "transformer" or "transformer_2".
+        config: of diffusers' model class.
+        dtype: of latents, text and sample.
+        recipe: what was asked for, as `hif4c.compiler.recipe.Recipe.to_dict` gives it.
+        fingerprint: sha256 that stands for the checkpoint's weights.
+        linears: what was decided for every linear, with a reason; keys as in docs/artifact.md.
+        bf16_timesteps: ranges (low, high) of timesteps, both ends included, in which the program `graph.bf16.json` runs
+            instead of `graph.json`: sorted, disjoint, in 0 to 1000; empty for an expert of one program.
     """
 
     name: str
@@ -155,6 +162,10 @@ class Artifact:
 
     def tensors(self, expert: str, wanted: list[InputType]) -> StoredWeights:
         """Map an expert's tensors: zero-copy views of the files, except where the program computes in a wider dtype.
+
+        Args:
+            expert: its name.
+            wanted: `tensors` of its main program.
 
         Raises:
             Hif4Error: a tensor is missing, left over, or of another shape or dtype than the program states.

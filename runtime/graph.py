@@ -136,7 +136,7 @@ class TensorType:
 
 @dataclass(frozen=True)
 class InputType:
-    """A named user input or stored tensor of the program."""
+    """A user input or stored tensor of the program; `name` is that of the call's argument or in the weight files."""
 
     name: str
     type: TensorType
@@ -144,7 +144,15 @@ class InputType:
 
 @dataclass(frozen=True)
 class Node:
-    """One call. `type` is a TensorType, a tuple of them for several results, or an expression for a size."""
+    """One call.
+
+    Attributes:
+        target: what is called, one of `TARGETS`.
+        args: positional arguments: a `Ref` for a value, a list, number, string, `torch.dtype`, `DEVICE` or None.
+        kwargs: keyword arguments, which are constants.
+        module: path of the module that it comes from, "" for the model itself.
+        type: of the result: a TensorType, a tuple of them for several results, or an expression for a size.
+    """
 
     target: str
     args: tuple[Any, ...]
@@ -155,7 +163,14 @@ class Node:
 
 @dataclass
 class Graph:
-    """A program: inputs, stored tensors, nodes in execution order, and the values it returns."""
+    """A program. Its values are numbered: inputs first, then tensors, then nodes.
+
+    Attributes:
+        inputs: what the caller gives, in order.
+        tensors: what is read from the weight files.
+        nodes: in execution order; each reads only values before it.
+        outputs: the values that it returns.
+    """
 
     inputs: list[InputType]
     tensors: list[InputType]

@@ -182,7 +182,7 @@ def trust_entries(artifact: Artifact) -> dict[str, TrustEntry]:
     """What trusting all kernels of an artifact records: sha256 -> entry of every binary and every kernels.json.
 
     Raises:
-        Hif4Error: as `read_kernel_set`.
+        Hif4Error: a kernels.json is malformed, or does not agree with the manifest about its files.
     """
     origin = str(artifact.root.resolve())
     entries = {}

@@ -15,7 +15,7 @@ import typer
 
 from hif4c.tools.console import console, run
 
-__all__ = ["DOCS", "app", "passes"]
+__all__ = ["DOCS", "api", "app", "passes"]
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write. Default: the page in docs/.")]
@@ -34,6 +34,14 @@ def passes(output: Output = None) -> None:
     from hif4c.compiler.pass_docs import passes_page
 
     _write(output or DOCS / "passes.md", passes_page())
+
+
+@app.command()
+def api(output: Output = None) -> None:
+    """docs/python-api.md: what a program may rely on, from signatures and docstrings."""
+    from hif4c.compiler.api_docs import api_page
+
+    _write(output or DOCS / "python-api.md", api_page())
 
 
 def _write(path: Path, text: str) -> None:
