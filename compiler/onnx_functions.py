@@ -4,14 +4,15 @@ B, T, N are any sizes, K channels a multiple of 64 (the caller pads), U = K/64 u
 
     Quantize(x f32 [B,T,K]) -> codes u8 [B,T,K/2], scales u8 [B,T,U,4]      bit for bit `runtime.format.quantize`
     Dequantize(codes, scales) -> values f32 [B,T,K]                         exact
-    QuantizeDequantize(x f32 [B,T,K]) -> values f32 [B,T,K]                 Dequantize(Quantize(x)); sign of zero too
-    Linear(x f32 [B,T,K], codes u8 [N,K/2], scales u8 [N,U,4]) -> f32 [B,T,N]     x @ Dequantize(weight)^T
+    QuantizeDequantize(x f32 [B,T,K]) -> values f32 [B,T,K]                 Dequantize(Quantize(x)), sign of zero too
+    Linear(x f32 [B,T,K], codes u8 [N,K/2], scales u8 [N,U,4], after f32) -> f32 [B,T,N]     x @ Dequantize(weight)^T
     Hadamard64(x f32 [B,T,K]) -> f32 [B,T,K]     one function a width; bit for bit `runtime.rotation.block_hadamard`
 
-A call takes more inputs than these: tables, which are initializers shared by all calls, and a zero (uint8, no
-dimensions) that is computed from an input of the model, so that a session cannot fold the decoded weights into
-constants of eight times their size. `call` writes the node with them, `tables` gives the initializers and `zero_nodes`
-the nodes that compute the zero.
+A weight is decoded once `after` has been computed, a value of any shape whose numbers do not matter: a session that
+knew the weights from the start would fold them into constants of eight times their size, or decode them all before the
+first product. With the result of the linear before (for the first one: its own x) one weight at a time is unpacked.
+
+A call takes tables besides, initializers that all calls share: `call` writes the node, `tables` gives the initializers.
 """
 
 import functools
@@ -26,22 +27,23 @@ from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.format import UNIT, quantize
 from hif4c.runtime.rotation import check_width
 
-__all__ = ["DOMAIN", "MAX_OPSET", "MIN_OPSET", "ZERO", "call", "functions", "hadamard", "tables", "zero_nodes"]
+__all__ = ["DOMAIN", "MAX_OPSET", "MIN_OPSET", "call", "functions", "hadamard", "tables"]
 
 DOMAIN = "hif4"
 MIN_OPSET = 20
 MAX_OPSET = 23
-ZERO = "hif4.zero"  # the value's name in the main graph
 
-_RECIPROCALS, _PRODUCTS, _THRESHOLDS = "hif4.reciprocals", "hif4.products", "hif4.thresholds"
-_UNITS, _PAIRS, _POWERS = "hif4.units", "hif4.pairs", "hif4.powers"
-_PACK_NIBBLES, _PACK_EIGHTS, _PACK_SIXTEENTHS = "hif4.pack_nibbles", "hif4.pack_eighths", "hif4.pack_sixteenths"
-_DECODE = (ZERO, _PAIRS, _POWERS, _UNITS)
-_EXTRA_INPUTS = {
-    "Quantize": (_THRESHOLDS, _RECIPROCALS, _PACK_NIBBLES, _PACK_EIGHTS, _PACK_SIXTEENTHS),
-    "Dequantize": _DECODE,
-    "QuantizeDequantize": (_THRESHOLDS, _RECIPROCALS, _PRODUCTS),
-    "Linear": _DECODE,
+_THRESHOLDS, _RECIPROCALS, _PRODUCTS, _NOTHING = "hif4.thresholds", "hif4.reciprocals", "hif4.products", "hif4.nothing"
+_NEIGHBOUR, _RUNS = "hif4.half_of_neighbour", "hif4.runs"
+_NIBBLES, _EXPONENTS, _EIGHTHS = "hif4.nibbles", "hif4.exponents", "hif4.eighths"
+_MAGNITUDES, _UNITS, _LEVEL2, _LEVEL3 = "hif4.magnitudes", "hif4.units", "hif4.level2", "hif4.level3"
+_SCALE_TABLES = (_NOTHING, _THRESHOLDS, _RECIPROCALS, _NEIGHBOUR, _RUNS)
+_DECODE_TABLES = (_MAGNITUDES, _UNITS, _LEVEL2, _LEVEL3, _RUNS)
+_TABLES = {
+    "Quantize": (*_SCALE_TABLES, _NIBBLES, _EXPONENTS, _EIGHTHS),
+    "Dequantize": _DECODE_TABLES,
+    "QuantizeDequantize": (*_SCALE_TABLES, _PRODUCTS),
+    "Linear": _DECODE_TABLES,
 }
 _INNER = 64  # widest butterfly matrix: the higher bits of a wider rotation are a matrix on the other side
 
@@ -70,35 +72,24 @@ def call(function: str, inputs: Iterable[str], outputs: Iterable[str], name: str
     """NodeProto that calls `function` ("Linear", `hadamard(64)`, ...): its inputs as in the module's docstring."""
     from onnx import helper
 
-    return helper.make_node(function, [*inputs, *_extra_inputs(function)], [*outputs], name=name, domain=DOMAIN)
-
-
-def zero_nodes(source: str) -> list[Any]:
-    """Nodes that compute ZERO from `source`, a small input of the model (the timestep): float or integer, not empty."""
-    from onnx import TensorProto, helper
-
-    return [
-        helper.make_node("Less", [source, source], ["hif4.never"]),
-        helper.make_node("Cast", ["hif4.never"], ["hif4.zeros"], to=TensorProto.UINT8),
-        helper.make_node("ReduceMax", ["hif4.zeros"], [ZERO], keepdims=0),
-    ]
+    return helper.make_node(function, [*inputs, *_table_names(function)], [*outputs], name=name, domain=DOMAIN)
 
 
 def tables(called: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
-    """Initializers (name -> array) that calls of the functions of these names read; a few hundred KB in all."""
+    """Initializers (name -> array) that calls of the functions of these names read; a few ten KB in all."""
     found: dict[str, npt.NDArray[Any]] = {}
     for function in sorted(set(called)):
-        if function in _EXTRA_INPUTS:
-            found.update({name: _format_tables()[name] for name in _EXTRA_INPUTS[function] if name != ZERO})
-        else:
-            found.update(_hadamard_tables(int(function.removeprefix("Hadamard"))))
+        known = _format_tables() if function in _TABLES else _hadamard_tables(_width(function))
+        found.update({name: known[name] for name in _table_names(function)})
     return found
 
 
-def _extra_inputs(function: str) -> tuple[str, ...]:
-    if function in _EXTRA_INPUTS:
-        return _EXTRA_INPUTS[function]
-    return tuple(_hadamard_tables(int(function.removeprefix("Hadamard"))))
+def _table_names(function: str) -> tuple[str, ...]:
+    return _TABLES[function] if function in _TABLES else tuple(_hadamard_tables(_width(function)))
+
+
+def _width(function: str) -> int:
+    return int(function.removeprefix("Hadamard"))
 
 
 def _parse(opset: int, body: str) -> Any:
@@ -107,135 +98,127 @@ def _parse(opset: int, body: str) -> Any:
     return parser.parse_function(f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n{body}')
 
 
-# Index of a unit's scale: 255 - E6M2 byte, the first of 256 falling thresholds that the unit's maximum reaches. NaN
-# reaches none and Inf reaches the first, which is Inf: both give index 0, the byte 0xFF.
-_SCALE = """
-    a = Abs (x)
-    inf = Constant <value_float = inf> ()
-    finite = Less (a, inf)
-    b = Where (finite, a, inf)
-    max4 = MaxPool <kernel_shape = [4], strides = [4]> (b)
-    max8 = MaxPool <kernel_shape = [2], strides = [2]> (max4)
-    max64 = MaxPool <kernel_shape = [8], strides = [8]> (max8)
-    by_unit = Constant <value_ints = [0, 0, -1, 1]> ()
-    top = Reshape (max64, by_unit)
-    reached = GreaterOrEqual (top, thresholds)
-    bits = Cast <to = 2> (reached)
-    index = ArgMax <axis = -1> (bits)
-    r = Gather (reciprocals, index)
-    by_run8 = Constant <value_ints = [0, 0, -1, 8]> ()
-    top8 = Reshape (max8, by_run8)
-    scaled8 = Mul (top8, r)
-    sixteen = Constant <value_float = 16.0> ()
+# From x to the in-unit magnitudes q, in a view [B, T, U, 64].
+# `index` is 255 - E6M2 byte: the first of 256 falling thresholds that the unit's maximum reaches. A unit that holds NaN
+# or Inf gives NaN when multiplied by zeros (pooling need not keep NaN) and reaches none: index 0, the byte 0xFF.
+# `power` is 2^(E1_8 + E1_16) / 2 of each run of 4: its scaled maximum rounded down to 1/2, 1 or 2, and at least half of
+# that of the other run of the pair, as a pair shares E1_8. Products with `runs` repeat each number 4 times, times 4.
+_MAGNITUDE = """
+    by_unit = Constant <value_ints = [0, 0, -1, 64]> ()
     half = Constant <value_float = 0.5> ()
-    e8 = GreaterOrEqual (scaled8, sixteen)
-    half_r = Mul (r, half)
-    g8 = Where (e8, half_r, r)
-    by_pair = Constant <value_ints = [0, 0, -1, 8, 1]> ()
-    g8_pairs = Reshape (g8, by_pair)
-    by_run4 = Constant <value_ints = [0, 0, -1, 8, 2]> ()
-    top4 = Reshape (max4, by_run4)
-    scaled4 = Mul (top4, g8_pairs)
-    eight = Constant <value_float = 8.0> ()
-    e16 = GreaterOrEqual (scaled4, eight)
-    half_g8 = Mul (g8_pairs, half)
-    g16 = Where (e16, half_g8, g8_pairs)
-    by_four = Constant <value_ints = [0, 0, -1, 1]> ()
-    g = Reshape (g16, by_four)
-    runs = Constant <value_ints = [0, 0, -1, 4]> ()
-    a_runs = Reshape (b, runs)
-    t = Mul (a_runs, g)
-    u = Add (t, half)
-    whole = Floor (u)
+    two = Constant <value_float = 2.0> ()
     seven = Constant <value_float = 7.0> ()
-    q = Min (whole, seven)
+    x_units = Reshape (x, by_unit)
+    a = Abs (x_units)
+    top4 = MaxPool <kernel_shape = [1, 4], strides = [1, 4]> (a)
+    top = MaxPool <kernel_shape = [1, 16], strides = [1, 16]> (top4)
+    invalid = MatMul (x_units, nothing)
+    top_or_nan = Add (top, invalid)
+    reached = GreaterOrEqual (top_or_nan, thresholds)
+    reached_u8 = Cast <to = 2> (reached)
+    index = ArgMax <axis = -1> (reached_u8)
+    reciprocal = Gather (reciprocals, index)
+    scaled = Mul (top4, reciprocal)
+    whole = Floor (scaled)
+    own = Clip (whole, half, two)
+    other = MatMul (own, neighbour)
+    power = Max (own, other)
+    factor4 = Div (reciprocal, power)
+    factor = MatMul (factor4, runs)
+    t = Mul (a, factor)
+    u = Add (t, half)
+    floor = Floor (u)
+    q = Min (floor, seven)
 """
+_FLAT = "flat = Constant <value_ints = [0, 0, -1]> ()"
 
 
 def _quantize_dequantize() -> str:
-    return f"""QuantizeDequantize (x, thresholds, reciprocals, products) => (values) {{ {_SCALE}
-    sign = Sign (x)
-    sign_runs = Reshape (sign, runs)
-    signed = Mul (q, sign_runs)
+    # The scale of a run is product / factor: (r * E6M2) / (r / power) with every quotient exact.
+    return f"""QuantizeDequantize (x, nothing, thresholds, reciprocals, neighbour, runs, products) => (values) {{
+    {_MAGNITUDE}
+    sign = Sign (x_units)
+    signed = Mul (q, sign)
     product = Gather (products, index)
-    by_unit_run = Constant <value_ints = [0, 0, -1, 16]> ()
-    g_units = Reshape (g, by_unit_run)
-    h_units = Div (product, g_units)
-    h = Reshape (h_units, by_four)
-    values_runs = Mul (signed, h)
-    flat = Constant <value_ints = [0, 0, -1]> ()
-    values = Reshape (values_runs, flat)
+    scale = Div (product, factor)
+    value_units = Mul (signed, scale)
+    {_FLAT}
+    values = Reshape (value_units, flat)
 }}"""
 
 
 def _quantize() -> str:
-    return f"""Quantize (x, thresholds, reciprocals, pack_nibbles, pack_eighths, pack_sixteenths) => (codes, scales) {{
-    {_SCALE}
+    # Bits come from sums of powers of two: `exponents` weighs E1_8 + E1_16, `eighths` adds E1_8's byte and takes E1_8
+    # from both bits of E1_16.
+    return f"""Quantize (x, nothing, thresholds, reciprocals, neighbour, runs, nibbles, exponents, eighths)
+    => (codes, scales) {{
+    {_MAGNITUDE}
     zero = Constant <value_float = 0.0> ()
-    negative = Less (x, zero)
-    negative_f = Cast <to = 1> (negative)
-    sign = Mul (negative_f, eight)
-    units = Constant <value_ints = [0, 0, -1, 64]> ()
-    sign_units = Reshape (sign, units)
-    q_units = Reshape (q, units)
-    nibbles = Add (q_units, sign_units)
-    bytes = MatMul (nibbles, pack_nibbles)
-    valid = Less (top, inf)
-    bytes_valid = Where (valid, bytes, zero)
-    bytes_u8 = Cast <to = 2> (bytes_valid)
-    flat = Constant <value_ints = [0, 0, -1]> ()
-    codes = Reshape (bytes_u8, flat)
-    e8_f = Cast <to = 1> (e8)
-    byte1 = MatMul (e8_f, pack_eighths)
-    e16_f = Cast <to = 1> (e16)
-    by_sixteen = Constant <value_ints = [0, 0, -1, 16]> ()
-    e16_units = Reshape (e16_f, by_sixteen)
-    bytes23 = MatMul (e16_units, pack_sixteenths)
-    exponents = Concat <axis = -1> (byte1, bytes23)
-    exponents_valid = Where (valid, exponents, zero)
-    index_f = Cast <to = 1> (index)
+    eight = Constant <value_float = 8.0> ()
     last = Constant <value_float = 255.0> ()
-    byte0 = Sub (last, index_f)
-    scales_f = Concat <axis = -1> (byte0, exponents_valid)
-    scales = Cast <to = 2> (scales_f)
+    negative = Less (x_units, zero)
+    negative_f32 = Cast <to = 1> (negative)
+    sign = Mul (negative_f32, eight)
+    nibble = Add (q, sign)
+    bytes = MatMul (nibble, nibbles)
+    bad = IsNaN (top_or_nan)
+    good_bytes = Where (bad, zero, bytes)
+    codes_units = Cast <to = 2> (good_bytes)
+    {_FLAT}
+    codes = Reshape (codes_units, flat)
+    both = Floor (power)
+    both_bytes = MatMul (both, exponents)
+    top8 = MaxPool <kernel_shape = [1, 2], strides = [1, 2]> (power)
+    level2 = GreaterOrEqual (top8, two)
+    level2_f32 = Cast <to = 1> (level2)
+    level2_bytes = MatMul (level2_f32, eighths)
+    levels = Add (both_bytes, level2_bytes)
+    good_levels = Where (bad, zero, levels)
+    index_f32 = Cast <to = 1> (index)
+    e6m2 = Sub (last, index_f32)
+    scales_f32 = Concat <axis = -1> (e6m2, good_levels)
+    scales = Cast <to = 2> (scales_f32)
 }}"""
 
 
-def _decode(lead: str) -> str:
-    """Lines that decode `codes` and `scales` to `values`; `lead`: a 0 for each leading dimension."""
+def _decode(lead: str, codes: str, scales: str) -> str:
+    """Lines that decode the planes `codes` and `scales` to `values`; `lead`: a 0 for each leading dimension."""
     return f"""
-    codes_live = BitwiseXor (codes, zero)
-    codes_index = Cast <to = 6> (codes_live)
-    magnitudes = Gather (pairs, codes_index)
-    scales_live = BitwiseXor (scales, zero)
-    scales_index = Cast <to = 6> (scales_live)
-    ends = Constant <value_ints = [1, 1, 2]> ()
-    byte0, byte1, bytes23 = Split <axis = -1> (scales_index, ends)
-    sixteen = Constant <value = int32 {{16}}> ()
-    quarter_k = Constant <value = int32 {{256}}> ()
-    high = Div (byte1, sixteen)
-    low = Mod (byte1, sixteen)
-    eighths = Concat <axis = -1> (high, low)
-    shifted = Mul (eighths, quarter_k)
-    powers_index = Add (shifted, bytes23)
-    power = Gather (powers, powers_index)
+    codes_index = Cast <to = 6> ({codes})
+    pairs = Gather (magnitudes, codes_index)
     by_unit = Constant <value_ints = [{lead}, -1, 64]> ()
-    power_units = Reshape (power, by_unit)
+    in_units = Reshape (pairs, by_unit)
+    scales_index = Cast <to = 6> ({scales})
+    sizes = Constant <value_ints = [1, 1, 2]> ()
+    byte0, byte1, bytes23 = Split <axis = -1> (scales_index, sizes)
     unit = Gather (units, byte0)
-    factor = Mul (power_units, unit)
-    magnitude_units = Reshape (magnitudes, by_unit)
-    value_units = Mul (magnitude_units, factor)
+    power2 = Gather (level2, byte1)
+    power3_halves = Gather (level3, bytes23)
+    by_run = Constant <value_ints = [{lead}, -1, 16]> ()
+    power2_runs = Reshape (power2, by_run)
+    power3_runs = Reshape (power3_halves, by_run)
+    power = Mul (power2_runs, power3_runs)
+    scale_runs = Mul (power, unit)
+    scale = MatMul (scale_runs, runs)
+    value_units = Mul (in_units, scale)
     flat = Constant <value_ints = [{lead}, -1]> ()
     values = Reshape (value_units, flat)
 """
 
 
 def _dequantize() -> str:
-    return f"Dequantize (codes, scales, zero, pairs, powers, units) => (values) {{ {_decode('0, 0')} }}"
+    body = _decode("0, 0", "codes", "scales")
+    return f"Dequantize (codes, scales, magnitudes, units, level2, level3, runs) => (values) {{ {body} }}"
 
 
 def _linear() -> str:
-    return f"""Linear (x, codes, scales, zero, pairs, powers, units) => (y) {{ {_decode("0")}
+    return f"""Linear (x, codes, scales, after, magnitudes, units, level2, level3, runs) => (y) {{
+    largest = ReduceMax <keepdims = 0> (after)
+    never = Less (largest, largest)
+    zero = Cast <to = 2> (never)
+    live_codes = BitwiseXor (codes, zero)
+    live_scales = BitwiseXor (scales, zero)
+    {_decode("0", "live_codes", "live_scales")}
     transposed = Transpose <perm = [1, 0]> (values)
     y = MatMul (x, transposed)
 }}"""
@@ -292,32 +275,33 @@ def _butterfly(width: int) -> npt.NDArray[np.float32]:
 
 @functools.cache
 def _format_tables() -> dict[str, npt.NDArray[Any]]:
-    index = torch.arange(255, -1, -1)  # 255 - index is the byte
-    e6m2 = torch.ldexp(1 + (index % 4) / 4, torch.div(index, 4, rounding_mode="floor") - 48)
-    e6m2[0] = torch.nan
+    byte = torch.arange(255, -1, -1)  # of an index
+    e6m2 = torch.ldexp(1 + (byte % 4) / 4, torch.div(byte, 4, rounding_mode="floor") - 48)
     r = e6m2.reciprocal().to(torch.bfloat16).float()
-    byte = np.arange(256)
+    e6m2[0] = torch.nan
+    code = np.arange(256)
     nibble = np.arange(16)
-    value = np.where(nibble > 7, -1, 1).astype(np.float32) * (nibble & 7).astype(np.float32)
-    combined = np.arange(16 * 256)[:, None]
-    level2 = ((combined >> 8) >> np.arange(3, -1, -1) & 1).repeat(2, axis=-1)
-    level3 = combined >> np.arange(7, -1, -1) & 1
-    pack = np.zeros((UNIT, UNIT // 2), np.float32)
-    column = np.arange(UNIT // 2)
-    pack[2 * column, column], pack[2 * column + 1, column] = 1, 16
-    bits = (1 << np.arange(7, -1, -1)).astype(np.float32)
-    sixteenths = np.zeros((16, 2), np.float32)
-    sixteenths[:8, 0] = sixteenths[8:, 1] = bits
+    magnitude = np.where(nibble > 7, -1, 1).astype(np.float32) * (nibble & 7).astype(np.float32)
+    bits = (code[:, None] >> np.arange(7, -1, -1)) & 1
+    weights = (1 << np.arange(7, -1, -1)).astype(np.float32)
+    exponents = np.zeros((16, 3), np.float32)
+    exponents[:8, 1] = exponents[8:, 2] = weights
+    eighths = -exponents.reshape(8, 2, 3).sum(1)
+    eighths[:, 0] = weights
     return {
+        _NOTHING: np.zeros((UNIT, 1), np.float32),
         _THRESHOLDS: _thresholds(),
-        _RECIPROCALS: (r * 4).numpy(),
+        _RECIPROCALS: (r / 2).numpy(),
         _PRODUCTS: (r * e6m2).numpy(),
-        _UNITS: (e6m2 / 4).numpy()[::-1].copy(),
-        _PAIRS: np.stack((value[byte & 0xF], value[byte >> 4]), axis=-1),
-        _POWERS: (1 << (level2 + level3)).astype(np.float32).repeat(4, axis=-1),
-        _PACK_NIBBLES: pack,
-        _PACK_EIGHTS: bits[:, None],
-        _PACK_SIXTEENTHS: sixteenths,
+        _NEIGHBOUR: np.kron(np.eye(8), [[0, 0.5], [0.5, 0]]).astype(np.float32),
+        _RUNS: np.kron(np.eye(16), np.full((1, 4), 4)).astype(np.float32),
+        _NIBBLES: np.kron(np.eye(UNIT // 2), [[1], [16]]).astype(np.float32),
+        _EXPONENTS: exponents,
+        _EIGHTHS: eighths,
+        _MAGNITUDES: np.stack((magnitude[code & 0xF], magnitude[code >> 4]), axis=-1),
+        _UNITS: (e6m2 / 16).numpy()[::-1].copy(),
+        _LEVEL2: (1 << bits).astype(np.float32).repeat(2, axis=-1),
+        _LEVEL3: (1 << bits).astype(np.float32),
     }
 
 
