@@ -5,20 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from hif4c.runtime.errors import Hif4Error
-from hif4c.runtime.onnx_file import INPUTS, INSTALL, OnnxFile, open_onnx
+from hif4c.runtime.onnx_file import INPUTS, OnnxFile, open_onnx
+from hif4c.runtime.onnx_session import CPU, check_providers, make_session, run_session
 from hif4c.runtime.transformer import TransformerConfig, TransformerOutput
 from hif4c.runtime.transformer_checks import check_inputs, in_ranges
 
-__all__ = ["CPU", "OnnxTransformer", "make_session", "open_experts"]
-
-CPU = ("CPUExecutionProvider",)
+__all__ = ["OnnxTransformer", "open_experts"]
 
 
 class OnnxTransformer(nn.Module):
@@ -48,7 +46,7 @@ class OnnxTransformer(nn.Module):
         files = [item if isinstance(item, OnnxFile) else open_onnx(item) for item in path]
         self._files = _programs(files)
         main = self._files[None]
-        _check_providers(providers)
+        check_providers(providers)
         self.config = TransformerConfig(main.config)
         self.expand_timesteps = main.expand_timesteps
         self.bf16_timesteps = main.bf16_timesteps
@@ -104,14 +102,9 @@ class OnnxTransformer(nn.Module):
         given = (hidden_states, timestep, encoder_hidden_states)
         arrays = [item.detach().to("cpu", torch.float32).contiguous().numpy() for item in given]
         variant = "bf16" if self.uses_bf16(timestep) else None
-        session = self.session(variant)
-        try:
-            (found,) = session.run(None, dict(zip(INPUTS, arrays, strict=True)))
-        except Exception as error:  # onnxruntime's errors have no common class of their own
-            raise Hif4Error(
-                f"{self._files[variant].path}: onnxruntime cannot run it ({_first_line(error)})."
-            ) from error
-        sample = torch.from_numpy(found).to(hidden_states.device)
+        feeds = dict(zip(INPUTS, arrays, strict=True))
+        found = run_session(self.session(variant), feeds, self._files[variant].path)
+        sample = torch.from_numpy(found["sample"]).to(hidden_states.device)
         return TransformerOutput(sample) if return_dict else (sample,)
 
     @contextmanager
@@ -147,34 +140,6 @@ def open_experts(
     }
 
 
-def make_session(model: Path | bytes, providers: Sequence[str] = CPU, session_options: Any = None) -> Any:
-    """An `onnxruntime.InferenceSession`; Hif4Error with onnxruntime's first line where it cannot be had.
-
-    `model` is a file, or a serialized model whose external data the options say where to find.
-    """
-    onnxruntime = _onnxruntime()
-    source = model if isinstance(model, bytes) else str(model)
-    try:
-        return onnxruntime.InferenceSession(source, sess_options=session_options, providers=list(providers))
-    except Exception as error:  # onnxruntime's errors have no common class of their own
-        what = "a part of the model" if isinstance(model, bytes) else model
-        raise Hif4Error(f"{what}: onnxruntime cannot load it ({_first_line(error)}).") from error
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError:
-        raise Hif4Error(f"running .onnx files needs the package onnxruntime; {INSTALL}.") from None
-    return onnxruntime
-
-
-def _check_providers(providers: Sequence[str]) -> None:
-    there = _onnxruntime().get_available_providers()
-    if missing := [name for name in providers if name not in there]:
-        raise Hif4Error(f"onnxruntime has no provider {', '.join(missing)} here; it has {', '.join(there)}.")
-
-
 def _programs(files: Sequence[OnnxFile]) -> dict[str | None, OnnxFile]:
     """Variant -> file, of one expert."""
     programs = {file.variant: file for file in files}
@@ -190,7 +155,3 @@ def _programs(files: Sequence[OnnxFile]) -> dict[str | None, OnnxFile]:
             f"{main.path}: at timesteps {ranges} its expert runs another program; give that .onnx file (.bf16.) too."
         )
     return programs
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
