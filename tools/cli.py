@@ -9,6 +9,7 @@ from hif4c.tools.calibrate import calibrate
 from hif4c.tools.compile import compile_command
 from hif4c.tools.console import run
 from hif4c.tools.evaluate import evaluate
+from hif4c.tools.export_onnx import export_onnx_command
 from hif4c.tools.inspect import inspect
 from hif4c.tools.plan import plan
 from hif4c.tools.sample import sample
@@ -59,6 +60,7 @@ app.command("trust")(trust)
 app.command("sample")(sample)
 app.command("inspect")(inspect)
 app.command("evaluate")(evaluate)
+app.command("export-onnx")(export_onnx_command)
 app.add_typer(bench, name="bench")
 
 

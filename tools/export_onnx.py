@@ -1,0 +1,116 @@
+"""hif4c export-onnx OUT -o model.onnx: an artifact's programs as ONNX, which stock onnxruntime runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+    sys.path.pop(0)  # run as a script: this folder must not hide the standard library (inspect)
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from hif4c.tools.console import Reporter, console, make_table, run_command
+
+if TYPE_CHECKING:
+    from hif4c.compiler.onnx_export import ExportedProgram
+    from hif4c.runtime.artifact import Artifact
+
+__all__ = ["export_onnx_command"]
+
+
+def export_onnx_command(
+    artifact: Annotated[Path, typer.Argument(help="Directory of the artifact.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", help="model.onnx; several programs become model.EXPERT.onnx. Must not be there yet."
+        ),
+    ],
+    opset: Annotated[int | None, typer.Option(help="ONNX opset. Default: one that onnxruntime 1.22 runs.")] = None,
+    expert: Annotated[list[str] | None, typer.Option(help="Only this expert. Repeatable.")] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="artifact (the .onnx refers to the artifact's own files, which must lie below its folder), copy "
+            "(beside the .onnx), or auto: the first where it is possible."
+        ),
+    ] = "auto",
+    qdq: Annotated[
+        bool, typer.Option("--qdq", help="Quantize and Dequantize as two nodes with the 4-bit planes between them.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run onnxruntime on the artifact's golden inputs and compare.")
+    ] = False,
+) -> None:
+    """Export every program of an artifact to ONNX, with 4-bit weights and free sizes, for stock onnxruntime.
+
+    HiFloat4 is in the functions of domain `hif4`, whose bodies are standard operators; activations are float32. The
+    weights are external data in safetensors files. Neither the original model nor a GPU is needed.
+    """
+    from hif4c.compiler.onnx_export import DEFAULT_OPSET, export_onnx
+    from hif4c.runtime.artifact import open_artifact
+
+    started = time.perf_counter()
+    opened = open_artifact(artifact)
+    with Reporter.open() as report:
+        programs = export_onnx(
+            opened,
+            output,
+            experts=expert,
+            opset=DEFAULT_OPSET if opset is None else opset,
+            weights=weights,
+            qdq=qdq,
+            on_event=report,
+        )
+    table = make_table(str(output.parent), ("file", "nodes", "bytes", "weights in", "their bytes"), left=1)
+    for program in programs:
+        locations = ", ".join(location for location, _ in program.data)
+        table.add_row(
+            escape(program.path.name),
+            str(program.nodes),
+            f"{program.onnx_bytes:,}",
+            escape(locations),
+            f"{sum(size for _, size in program.data):,}",
+        )
+    console.print(table)
+    if verify and not _verify(opened, programs):
+        raise typer.Exit(1)
+    seconds = time.perf_counter() - started
+    written = sum(program.onnx_bytes for program in programs)
+    console.print(report.summary(seconds, written), highlight=False, markup=False)
+
+
+def _verify(artifact: Artifact, programs: Sequence[ExportedProgram]) -> bool:
+    """Print what onnxruntime computes against what it should; whether all is well."""
+    from hif4c.compiler.onnx_verify import verify_onnx
+
+    with Reporter.open() as report:
+        checks = verify_onnx(
+            artifact,
+            [program.path for program in programs],
+            on_event=lambda event, path: report("step", f"running {path.name}"),
+        )
+    columns = ("program", "codes", "4-bit linears", "flips", "whole program", "verdict")
+    table = make_table("onnxruntime on the golden inputs", columns)
+    for check in checks:
+        table.add_row(
+            escape(check.path.name),
+            "identical" if check.codes_differ == 0 else f"{check.codes_differ} differ",
+            f"{check.linears}: {check.linear_error:.2f} of the error of fp32 sums",
+            f"{check.flips:,} of {check.activations:,}" if check.activations else "none quantized",
+            f"differs by {check.distance:.1e}",
+            "[green]ok[/]" if check.passed else "[red]differs[/]",
+        )
+    console.print(table)
+    return all(check.passed for check in checks)
+
+
+if __name__ == "__main__":
+    run_command(export_onnx_command)
