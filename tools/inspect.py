@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -34,6 +35,12 @@ def inspect(
     variant: Annotated[
         str | None, typer.Option(help="bf16: the program of the timesteps that keep activations in bf16.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the report here: one page with graphs, tables and plots, for a browser.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Calibration file of the model, for the report's figures on activations.")
+    ] = None,
     model_explorer: Annotated[
         Path | None, typer.Option(help="Write every program here (.json) for Google's Model Explorer, with node data.")
     ] = None,
@@ -52,12 +59,16 @@ def inspect(
 
         console.print("\n".join(PASS_NAMES))
         return
+    if calibration is not None and html is None:
+        raise Hif4Error(f"--calibration {calibration} is for the report; add --html FILE.")
     opened = open_artifact(artifact)
     if diff is not None:
         _compare(open_artifact(diff), opened)
     if model_explorer is not None:
         _write_model_explorer(opened, model_explorer)
-    if diff is not None or model_explorer is not None:
+    if html is not None:
+        _write_report(opened, html, calibration)
+    if diff is not None or model_explorer is not None or html is not None:
         return
     expert = opened.expert(expert or next(iter(opened.experts))).name
     if stage is not None and variant is not None:
@@ -91,6 +102,23 @@ def _compare(before: Artifact, after: Artifact) -> None:
         differences = compare_artifacts(before, after, report)
     for part in render_difference(before, after, differences):
         console.print(part)
+
+
+def _write_report(artifact: Artifact, output: Path, calibration: Path | None) -> None:
+    """Write the page, and say where it is."""
+    import time
+
+    from hif4c.compiler.amounts import format_bytes
+    from hif4c.compiler.calibration import Calibration
+    from hif4c.compiler.report_page import write_report_page
+
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        known = None if calibration is None else stack.enter_context(Calibration(calibration))
+        report = stack.enter_context(Reporter.open())
+        size = write_report_page(artifact, output, known, report)
+    summary = report.summary(time.perf_counter() - started)
+    console.print(f"wrote {output} ({format_bytes(size)}) {summary}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _write_model_explorer(artifact: Artifact, output: Path) -> None:

@@ -1,0 +1,69 @@
+"""Headless Chromium for pages that a test wrote; it finds no network."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+__all__ = ["console_errors", "open_browser", "requested_urls"]
+
+REQUIRED = "HIF4C_REQUIRE_BROWSER"
+"""Environment variable: a missing browser fails a test instead of skipping it."""
+_FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND",
+    "--force-device-scale-factor=1",
+    "--window-size=1400,1000",
+)
+
+
+@contextmanager
+def open_browser(*flags: str) -> Iterator[Any]:
+    """A selenium driver of a fresh browser; skips the test where there is none."""
+    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if browser is None or driver is None:
+        if os.environ.get(REQUIRED):
+            pytest.fail(f"{REQUIRED} is set, but chromium or chromedriver is missing")
+        pytest.skip("chromium or chromedriver is missing")
+    from selenium import webdriver
+
+    # Not pytest's directory: a browser's profile needs a short path, and goes away with it.
+    with tempfile.TemporaryDirectory(prefix="hif4c-browser-", ignore_cleanup_errors=True) as profile:
+        options = webdriver.ChromeOptions()
+        options.binary_location = browser
+        for flag in (*_FLAGS, f"--user-data-dir={profile}", *flags):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
+        try:
+            opened.set_page_load_timeout(60)
+            opened.set_script_timeout(30)
+            yield opened
+        finally:
+            opened.quit()
+
+
+def console_errors(driver: Any) -> list[str]:
+    """What the page said on the console since the last call, but for debugging and information."""
+    return [entry["message"] for entry in driver.get_log("browser") if entry["level"] not in ("DEBUG", "INFO")]
+
+
+def requested_urls(driver: Any, page: Path) -> list[str]:
+    """What the page asked for since the last call beside itself , what stands in it, and the browser's own pages."""
+    events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    own = page.resolve().as_uri()
+    return [url for url in urls if url.split("#")[0] != own and not url.startswith(("data:", "blob:", "chrome:"))]
