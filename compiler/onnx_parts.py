@@ -5,7 +5,8 @@ Found in the file by following its values from the stored weights, so that what 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ CUT = "cut/"
 CODES, SCALES = "/codes", "/scales"
 """End the names of the planes that are returned of a value."""
 
+_AFTER = 3  # input of `Linear`: what is computed before the weight is decoded
 _STANDARD = ("Add", "MatMul", "Mul", "Pad", "Squeeze")
 
 
@@ -115,13 +117,16 @@ def argument(node: Node, position: int) -> Any:
 
 
 def cut_model(
-    model: ModelProto, cuts: Collection[str], outputs: Collection[str], quantized: Collection[str] = ()
+    model: ModelProto,
+    cuts: Mapping[str, Sequence[int]],
+    outputs: Collection[str],
+    quantized: Collection[str] = (),
 ) -> ModelProto:
     """The nodes that compute `outputs`, with an input `CUT` + name in place of every value of `cuts`.
 
     Args:
         model: the whole model; its weights stay where they are.
-        cuts: names of values to be given, float32.
+        cuts: name -> shape of the values to be given, float32. With shapes that are known onnxruntime plans quickly.
         outputs: names of values that it returns, float32.
         quantized: names of values whose planes it returns as well, called name + `CODES` and name + `SCALES`.
     """
@@ -131,7 +136,6 @@ def cut_model(
     wanted |= {name: TensorProto.UINT8 for both in planes.values() for name in both}
     kept = _upstream(nodes, wanted, cuts)
     read = {name for node in kept for name in node.input}
-    made = {name for node in kept for name in node.output}
     functions = list(model.functions)
     opset = next(item.version for item in model.opset_import if not item.domain)
     known = {item.name for item in functions}
@@ -144,10 +148,9 @@ def cut_model(
         kept,
         "parts",
         [item for item in model.graph.input if item.name in read]
-        + [helper.make_tensor_value_info(CUT + name, TensorProto.FLOAT, None) for name in cuts],
+        + [helper.make_tensor_value_info(CUT + name, TensorProto.FLOAT, shape) for name, shape in cuts.items()],
         [helper.make_tensor_value_info(name, kind, None) for name, kind in wanted.items()],
         initializers,
-        value_info=[item for item in model.graph.value_info if item.name in made - wanted.keys()],
     )
     return helper.make_model(graph, functions=functions, opset_imports=model.opset_import, ir_version=model.ir_version)
 
@@ -164,7 +167,10 @@ def with_outputs(model: ModelProto, names: Collection[str]) -> ModelProto:
 
 
 def _upstream(nodes: Sequence[NodeProto], wanted: Collection[str], cuts: Collection[str]) -> list[NodeProto]:
-    """Copies of the nodes that `wanted` depends on, in order, which read the inputs that stand for cuts."""
+    """Copies of the nodes that `wanted` depends on, in order, which read the inputs that stand for cuts.
+
+    A weight is decoded after the linear that comes before in the part, which need not be the one in the whole model.
+    """
     made = {name: number for number, node in enumerate(nodes) for name in node.output}
     kept: dict[int, NodeProto] = {}
     waiting = [made[name] for name in wanted]
@@ -174,12 +180,18 @@ def _upstream(nodes: Sequence[NodeProto], wanted: Collection[str], cuts: Collect
             continue
         node = kept[number] = NodeProto()
         node.CopyFrom(nodes[number])
+        if _is(node, "Linear"):
+            node.input[_AFTER] = node.input[0]
         for index, name in enumerate(node.input):
             if name in cuts:
                 node.input[index] = CUT + name
             elif name in made:
                 waiting.append(made[name])
-    return [kept[number] for number in sorted(kept)]
+    found = [kept[number] for number in sorted(kept)]
+    linears = [node for node in found if _is(node, "Linear")]
+    for before, node in itertools.pairwise(linears):
+        node.input[_AFTER] = before.output[0]
+    return found
 
 
 def _follow(
@@ -205,7 +217,7 @@ def _follow(
     if mask is not None:
         source = _step_back(made, source, "Mul")
     result, side = linear.output[0], None
-    if any(_is(follower, "Squeeze") for follower in read[result]):
+    if any(_is(follower, "Squeeze") for follower in read.get(result, ())):
         result = _step_on(read, result, "Squeeze")
     if argument(node, SIDE[node.target]) is not None:
         before, result = result, _step_on(read, result, "Add")

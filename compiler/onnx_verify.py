@@ -171,7 +171,8 @@ class _Check:
                 feeds[part.side] = self._golden.read(f"side.{part.node.module}").float().view(1, 1, -1)
         quantized = {part.rows: part for part in self._linears if part.rows != part.values}
         outputs = [*(part.result for part in self._linears), *(part.values for part in quantized.values())]
-        model = cut_model(self._model, feeds, dict.fromkeys(outputs), quantized)
+        shapes = {name: value.shape for name, value in feeds.items()}
+        model = cut_model(self._model, shapes, dict.fromkeys(outputs), quantized)
         found = self._run(model, {CUT + name: value for name, value in feeds.items()})
         differ = 0
         for name, part in quantized.items():

@@ -97,18 +97,24 @@ def _verify(artifact: Artifact, programs: Sequence[ExportedProgram]) -> bool:
             [program.path for program in programs],
             on_event=lambda event, path: report("step", f"running {path.name}"),
         )
-    columns = ("program", "codes", "4-bit linears", "flips", "whole program", "verdict")
+    columns = ("program", "codes", "4-bit linears", "flips", "distance", "of last bits", "of bf16", "verdict")
     table = make_table("onnxruntime on the golden inputs", columns)
     for check in checks:
         table.add_row(
             escape(check.path.name),
             "identical" if check.codes_differ == 0 else f"{check.codes_differ} differ",
-            f"{check.linears}: {check.linear_error:.2f} of the error of fp32 sums",
+            f"{check.linears}: {check.linear_error:.2f} of tolerance",
             f"{check.flips:,} of {check.activations:,}" if check.activations else "none quantized",
-            f"differs by {check.distance:.1e}",
+            f"{check.distance:.1e}",
+            f"{check.flip_distance:.1e}",
+            f"{check.recorded:.1e}",
             "[green]ok[/]" if check.passed else "[red]differs[/]",
         )
     console.print(table)
+    note = (
+        "distance: relative L2 from the program in float32; beside it, what last-bit changes of the input and bf16 make"
+    )
+    console.print(note, highlight=False)
     return all(check.passed for check in checks)
 
 
