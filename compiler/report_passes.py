@@ -24,17 +24,18 @@ from hif4c.runtime.graph import Graph, encode
 
 __all__ = [
     "CAPTURED",
+    "RELAXED",
     "STORED",
     "ExpertPasses",
     "NotApplied",
     "PassStep",
+    "StepRecorder",
     "artifact_passes",
     "expert_passes",
     "pass_docstring",
 ]
 
-CAPTURED, STORED = "captured", "graph.json"
-RELAXED = "relax_activations"
+CAPTURED, STORED, RELAXED = "captured", "graph.json", "relax_activations"
 Events = Callable[[str, Any], None]
 
 
@@ -146,40 +147,55 @@ def artifact_passes(artifact: Artifact, on_event: Events = lambda event, value: 
 
 
 def _collect(traced: Traced, artifact: Artifact, expert: str, on_event: Events) -> ExpertPasses:
-    steps = _Steps()
-    steps.add(CAPTURED, "The program as `torch.export` traced it.", True, (), traced.program)
-
-    def on_pass(record: PassRecord, program: Program) -> None:
-        on_event("stage", f"{expert}: {record.name}")
-        what, _ = pass_docstring(record.name)
-        steps.add(record.name, _sentence(what), record.changed, record.notes, program)
-
-    records = traced.run(on_pass=on_pass)
-    steps.add_stored(STORED, "The program that the artifact stores.", (), traced.program, artifact.graph(expert))
+    recorder = StepRecorder()
+    records = recorder.run(traced, lambda name: on_event("stage", f"{expert}: {name}"))
+    recorder.add_stored(STORED, "The program that the artifact stores.", (), traced.program, artifact.graph(expert))
     if "bf16" in artifact.variants(expert):
-        result = relax_activations(traced.program)
-        what, _ = pass_docstring(RELAXED)
+        notes = tuple(relax_activations(traced.program).notes)
         stored = artifact.graph(expert, "bf16")
-        steps.add_stored(RELAXED, _sentence(what), tuple(result.notes), traced.program, stored)
+        recorder.add_stored(RELAXED, _sentence(RELAXED), notes, traced.program, stored)
     left = _not_applied(records, artifact.expert(expert))
-    return ExpertPasses(expert, tuple(steps.steps), tuple(steps.structures), tuple(left))
+    return ExpertPasses(expert, tuple(recorder.steps), tuple(recorder.structures), tuple(left))
 
 
-class _Steps:
-    """Collects steps; equal structures get one number."""
+class StepRecorder:
+    """Records one program after every pass; equal structures get one number.
+
+    Attributes:
+        steps: so far.
+        structures: structure -> number, in the order of the numbers.
+    """
 
     def __init__(self) -> None:
         self.steps: list[PassStep] = []
         self.structures: dict[Structure, int] = {}
         self._details = ProgramDetails()
 
+    def run(
+        self, traced: Traced, on_pass: Callable[[str], None] = lambda name: None, stop_after: str | None = None
+    ) -> list[PassRecord]:
+        """Record the captured program, run the passes on it and record each."""
+        self.add(CAPTURED, "The program as `torch.export` traced it.", True, (), traced.program)
+
+        def record_pass(record: PassRecord, program: Program) -> None:
+            on_pass(record.name)
+            self.add(record.name, _sentence(record.name), record.changed, record.notes, program)
+
+        return traced.run(stop_after, record_pass)
+
+    def relax(self, program: Program) -> None:
+        """Run `relax_activations` on a program that went through all passes, and record it."""
+        result = relax_activations(program)
+        self.add(RELAXED, _sentence(RELAXED), result.changed, tuple(result.notes), program)
+
     def add(self, name: str, what: str, changed: bool, notes: tuple[str, ...], program: Program) -> None:
+        """Record a program; the arguments are attributes of its `PassStep`."""
         graph = to_graph(program)
         blocks = self._blocks(graph, program)
         self.steps.append(PassStep(name, what, changed, notes, len(graph.nodes), blocks))
 
     def add_stored(self, name: str, what: str, notes: tuple[str, ...], program: Program, stored: Graph) -> None:
-        """The artifact's own program; what the passes know of it holds where it is the program traced again."""
+        """Record an artifact's own program; what the passes know holds where it is the program traced again."""
         same = encode(to_graph(program)) == encode(stored)
         blocks = self._blocks(stored, program if same else None)
         if not same:
@@ -242,6 +258,7 @@ def pass_docstring(name: str) -> tuple[str, str]:
     return inspect.cleandoc(module.__doc__ or ""), how
 
 
-def _sentence(docstring: str) -> str:
-    """The first paragraph of a docstring, on one line."""
-    return " ".join(docstring.split("\n\n")[0].split())
+def _sentence(name: str) -> str:
+    """What a pass does: the first paragraph of its docstring, on one line."""
+    what, _ = pass_docstring(name)
+    return " ".join(what.split("\n\n")[0].split())
