@@ -31,7 +31,7 @@ __all__ = ["DOMAIN", "MAX_OPSET", "MIN_OPSET", "call", "functions", "hadamard", 
 
 DOMAIN = "hif4"
 MIN_OPSET = 20
-MAX_OPSET = 23
+MAX_OPSET = 26
 
 _THRESHOLDS, _RECIPROCALS, _PRODUCTS, _NOTHING = "hif4.thresholds", "hif4.reciprocals", "hif4.products", "hif4.nothing"
 _NEIGHBOUR, _RUNS = "hif4.half_of_neighbour", "hif4.runs"
