@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hif4c.runtime.artifact import VARIANTS, timestep_ranges
-from hif4c.runtime.components import EXPERT_NAMES
+from hif4c.runtime.components import EXPERT_NAMES, PIPELINE_CLASSES
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.transformer_checks import CONFIG_KEYS
 
@@ -41,6 +41,7 @@ class OnnxFile:
         expand_timesteps: whether `timestep` is [B, tokens] instead of [B].
         bf16_timesteps: ranges of timesteps in which the expert's "bf16" program runs.
         digest: of the manifest of the artifact that it was exported from.
+        model: what that manifest says of the whole model: names of its experts, pipeline class, sampling settings.
         metadata: all that stands in the file.
     """
 
@@ -51,6 +52,7 @@ class OnnxFile:
     expand_timesteps: bool
     bf16_timesteps: tuple[tuple[float, float], ...]
     digest: str
+    model: dict[str, Any]
     metadata: dict[str, Any]
 
 
@@ -75,7 +77,7 @@ def open_onnx(path: str | os.PathLike[str]) -> OnnxFile:
             raise TypeError("expand_timesteps or digest is of another type")
         opened = OnnxFile(
             path, metadata["expert"], variant, _config(metadata["config"]), metadata["expand_timesteps"],
-            timestep_ranges(metadata["bf16_timesteps"]), metadata["digest"], metadata,
+            timestep_ranges(metadata["bf16_timesteps"]), metadata["digest"], _model(metadata["model"]), metadata,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -113,6 +115,15 @@ def _config(value: Any) -> dict[str, Any]:
             raise TypeError(f"in config, {key} is of another type")
         if min(sizes) < 1 or (key == "patch_size") != (len(sizes) == 3):
             raise ValueError(f"in config, {key} is not a size")
+    return dict(value)
+
+
+def _model(value: Any) -> dict[str, Any]:
+    experts = value["experts"]
+    if not isinstance(experts, list) or not experts or not all(name in EXPERT_NAMES for name in experts):
+        raise ValueError("the experts of its model are not known")
+    if value["pipeline_class"] not in PIPELINE_CLASSES or not isinstance(value["sampling"], (dict, type(None))):
+        raise ValueError("its pipeline class or sampling settings are not known")
     return dict(value)
 
 

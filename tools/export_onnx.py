@@ -111,9 +111,7 @@ def _verify(artifact: Artifact, programs: Sequence[ExportedProgram]) -> bool:
             "[green]ok[/]" if check.passed else "[red]differs[/]",
         )
     console.print(table)
-    note = (
-        "distance: relative L2 from the program in float32; beside it, what last-bit changes of the input and bf16 make"
-    )
+    note = "distance: relative L2 from the program in float32; beside it what last bits of the input, and bf16, change"
     console.print(note, highlight=False)
     return all(check.passed for check in checks)
 

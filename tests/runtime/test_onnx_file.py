@@ -6,7 +6,7 @@ from onnx import helper
 
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.onnx_file import open_onnx
-from tests.support.small_onnx import CONFIG, write_small_onnx
+from tests.support.small_onnx import CONFIG, MODEL, write_small_onnx
 
 
 def place(key, value):
@@ -27,6 +27,7 @@ def test_what_a_file_says_of_itself(tmp_path):
     assert opened.config == CONFIG
     assert opened.bf16_timesteps == ((0.0, 299.0),)
     assert opened.expand_timesteps is False
+    assert opened.model == MODEL
     assert opened.digest == opened.metadata["digest"] == "0" * 64
 
 
@@ -39,6 +40,10 @@ def test_what_a_file_says_of_itself(tmp_path):
         ({"digest": None}, "is of another type"),
         ({"bf16_timesteps": [[5, 3]]}, r"\[5, 3\] is not a range"),
         ({"bf16_timesteps": [["a", 3]]}, "is not a pair of numbers"),
+        ({"model": "small"}, "TypeError"),
+        ({"model": {**MODEL, "experts": ["vae"]}}, "experts of its model are not known"),
+        ({"model": {**MODEL, "pipeline_class": "os.system"}}, "pipeline class or sampling settings"),
+        ({"model": {**MODEL, "sampling": []}}, "pipeline class or sampling settings"),
         ({"config": []}, "config is not an object"),
         ({"config": {**CONFIG, "in_channels": "3"}}, "in_channels is of another type"),
         ({"config": {**CONFIG, "patch_size": [0, 2, 2]}}, "patch_size is not a size"),

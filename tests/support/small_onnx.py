@@ -8,9 +8,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-__all__ = ["CONFIG", "write_small_onnx"]
+__all__ = ["CONFIG", "MODEL", "write_small_onnx"]
 
 CONFIG = {"in_channels": 3, "out_channels": 3, "patch_size": [1, 2, 2], "rope_max_seq_len": 16, "text_dim": 5}
+
+MODEL = {"experts": ["transformer"], "pipeline_class": "WanPipeline", "sampling": None, "source": "small"}
 
 
 def write_small_onnx(path: Path, *, factor: float = 2.0, change: Any = None, **metadata: Any) -> Path:
@@ -45,7 +47,7 @@ def write_small_onnx(path: Path, *, factor: float = 2.0, change: Any = None, **m
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     values = {
         "expert": "transformer", "variant": None, "config": CONFIG, "expand_timesteps": False, "bf16_timesteps": [],
-        "model": "small", "digest": "0" * 64, "form": "lean", "opset": 20, "data": [],
+        "model": MODEL, "digest": "0" * 64, "form": "lean", "opset": 20, "data": [],
     } | metadata  # fmt: skip
     helper.set_model_props(model, {"hif4c": json.dumps(values)})
     if change is not None:
