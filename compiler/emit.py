@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -22,14 +23,14 @@ SIZE_TARGETS = {
 
 
 def to_graph(program: Program) -> Graph:
-    """Number the values of a program, inputs first, then tensors, then nodes; works at every stage from Q/DQ on."""
-    names = {str(symbol): name for symbol, name in program.symbols.items()}
+    """Number the values of a program, inputs first, then tensors, then nodes; works at every stage."""
+    sizes = _Sizes(program.symbols)
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     order = [*program.inputs, *program.tensors]
     number: dict[fx.Node, int] = {placeholders[name]: index for index, name in enumerate(order)}
-    inputs = [InputType(name, _tensor_type(placeholders[name].meta["val"], names)) for name in program.inputs]
+    inputs = [InputType(name, _tensor_type(placeholders[name].meta["val"], sizes)) for name in program.inputs]
     tensors = [
-        InputType(spec.name, _tensor_type(placeholders[name].meta["val"], names))
+        InputType(spec.name, _tensor_type(placeholders[name].meta["val"], sizes))
         for name, spec in program.tensors.items()
     ]
     nodes, outputs = [], []
@@ -44,7 +45,7 @@ def to_graph(program: Program) -> Graph:
                 if key != "pin_memory" and value is not None
             }
             args = tuple(_argument(item, number) for item in node.args)
-            kind = _type(node.meta["val"], names)
+            kind = _type(node.meta["val"], sizes)
             nodes.append(Node(_target_name(node.target), args, kwargs, module_path(node), kind))
     return Graph(inputs, tensors, nodes, outputs)
 
@@ -64,24 +65,35 @@ def _argument(value: Any, number: dict[fx.Node, int]) -> Any:
     return value
 
 
-def _type(value: Any, names: dict[str, str]) -> TensorType | tuple[TensorType, ...] | str | None:
+def _type(value: Any, sizes: _Sizes) -> TensorType | tuple[TensorType, ...] | str | None:
     if isinstance(value, torch.Tensor):
-        return _tensor_type(value, names)
+        return _tensor_type(value, sizes)
     if isinstance(value, (list, tuple)):
-        return tuple(_tensor_type(item, names) for item in value)
-    return None if value is None else str(_size(value, names))
+        return tuple(_tensor_type(item, sizes) for item in value)
+    return None if value is None else str(sizes(value))
 
 
-def _tensor_type(value: torch.Tensor, names: dict[str, str]) -> TensorType:
-    return TensorType(DTYPE_NAMES[value.dtype], tuple(_size(size, names) for size in value.shape))
+def _tensor_type(value: torch.Tensor, sizes: _Sizes) -> TensorType:
+    return TensorType(DTYPE_NAMES[value.dtype], tuple(sizes(size) for size in value.shape))
 
 
-def _size(size: Any, names: dict[str, str]) -> int | str:
-    """A number, or an expression in the names that people read."""
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    if expression.is_number:
-        return int(expression)
-    renamed = {symbol: sympy.Symbol(names.get(str(symbol), str(symbol))) for symbol in expression.free_symbols}
-    return str(expression.xreplace(renamed))
+class _Sizes:
+    """Sizes as numbers, or as expressions in the names that people read; each is printed once, which is slow."""
+
+    def __init__(self, symbols: Mapping[str, str]) -> None:
+        self._names = symbols
+        self._printed: dict[sympy.Expr, int | str] = {}
+
+    def __call__(self, size: Any) -> int | str:
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        if expression not in self._printed:
+            self._printed[expression] = self._print(expression)
+        return self._printed[expression]
+
+    def _print(self, expression: sympy.Expr) -> int | str:
+        if expression.is_number:
+            return int(expression)
+        names = {symbol: sympy.Symbol(self._names.get(str(symbol), str(symbol))) for symbol in expression.free_symbols}
+        return str(expression.xreplace(names))
