@@ -128,8 +128,9 @@ class _Drawing:
         module = _module(node)
         space = "sizes" if isinstance(node.type, str) else module.replace(".", "/")
         self._measure(f"%{number}", node, space)
-        if node.target in _PRECISIONS and node.module in self.linears:
-            attributes |= _about_linear(self.linears[node.module], _PRECISIONS[node.target])
+        if (precision := self._precision(node)) and node.module in self.linears:
+            about = _about_linear(self.linears[node.module], precision)
+            attributes |= {name: value for name, value in about.items() if name not in attributes}
         return {
             "id": f"%{number}",
             "label": self._label(node, module),
@@ -167,7 +168,7 @@ class _Drawing:
         """Node data of one node, and the same for the groups that it lies in."""
         found: dict[str, Any] = {}
         linear = self.linears.get(node.module)
-        if precision := _PRECISIONS.get(node.target):
+        if precision := self._precision(node):
             found["precision"] = precision
             # The SQNR was measured for what the main program does.
             if linear is not None and linear["precision"] == precision and linear.get("sqnr") is not None:
@@ -180,6 +181,12 @@ class _Drawing:
             self.data[metric][place] = value
             for group in _groups(space):
                 self.groups[group].append((metric, value))
+
+    def _precision(self, node: Node) -> str | None:
+        """How a node computes a linear of the model; None for any other, the first half of a side branch among them."""
+        weight = node.args[1] if len(node.args) > 1 else None
+        name = self.tensors.get(weight.index, "") if isinstance(weight, Ref) else ""
+        return None if name.endswith(".weight.down") else _PRECISIONS.get(node.target)
 
     def _group(self, space: str) -> dict[str, str]:
         """What is shown of a group: what its nodes multiply, read and reach."""
@@ -244,7 +251,7 @@ def _named_arguments(node: Node) -> Iterator[tuple[str, Any]]:
 
 def _about_linear(linear: Mapping[str, Any], precision: str) -> dict[str, str]:
     """What the manifest says of a linear, where there is something to say."""
-    found = {"precision": precision, "weight": f"{linear['out_features']} x {linear['in_features']}"}
+    found = {"precision": precision, "features": f"{linear['in_features']} to {linear['out_features']}"}
     for name in _TOLD_OF_LINEARS:
         value = linear.get(name)
         if value is not None and value is not False and value != 0:
