@@ -1,36 +1,24 @@
 """How far a rounded weight moves a linear's output, from the second moment of the linear's input."""
 
-import math
-
 import torch
 
 from hif4c.runtime.format import dequantize
 
-__all__ = ["error_energy", "output_error", "sqnr"]
+__all__ = ["error_energy"]
 
 _COLUMNS = 512  # of the Hessian at once
 _ROWS = 1024  # of the weight at once
 
 
 @torch.no_grad()
-def output_error(
-    weight: torch.Tensor, planes: tuple[torch.Tensor, torch.Tensor], hessian: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Energy of every output channel's error and of the channel itself: (noise [N], signal [N]), fp64.
-
-    weight fp32 [N, K], its planes (codes [N, K/2], scales [N, K/64, 4]) and hessian [K, K] = E[x x^T] of the input
-    (symmetric; scaled by any factor, for instance a sum over tokens: then both energies are). With e = w - what, row
-    by row, noise = e H e^T and signal = w H w^T.
-    """
-    signal = torch.cat([_quadratic_form(rows, hessian) for rows in weight.split(_ROWS)])
-    return error_energy(weight, planes, hessian), signal
-
-
-@torch.no_grad()
 def error_energy(
     weight: torch.Tensor, planes: tuple[torch.Tensor, torch.Tensor], hessian: torch.Tensor
 ) -> torch.Tensor:
-    """The noise of `output_error` alone: e H e^T of every row, fp64 [N]."""
+    """Energy of every output channel's error, fp64 [N]: e H e^T, row by row, with e = w - what.
+
+    weight fp32 [N, K], its planes (codes [N, K/2], scales [N, K/64, 4]) and hessian [K, K] = E[x x^T] of the input
+    (symmetric; scaled by any factor, for instance a sum over tokens: then the energy is).
+    """
     blocks = zip(weight.split(_ROWS), *(plane.split(_ROWS) for plane in planes), strict=True)
     return torch.cat(
         [
@@ -50,11 +38,3 @@ def _quadratic_form(rows: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
         product = torch.addmm(product, rows[:, here], hessian[here, here].to(rows.dtype), beta=2)
         total += (product * rows[:, here]).sum(-1, dtype=torch.float64)
     return total
-
-
-def sqnr(noise: torch.Tensor, signal: torch.Tensor) -> float:
-    """Signal-to-quantization-noise ratio of a linear, in dB, from energies by output channel [N]; inf without noise."""
-    total = float(noise.sum(dtype=torch.float64))
-    if total <= 0:
-        return math.inf
-    return 10 * math.log10(float(signal.sum(dtype=torch.float64)) / total)
