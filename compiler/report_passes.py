@@ -154,7 +154,7 @@ def _collect(traced: Traced, artifact: Artifact, expert: str, on_event: Events) 
         notes = tuple(relax_activations(traced.program).notes)
         stored = artifact.graph(expert, "bf16")
         recorder.add_stored(RELAXED, _sentence(RELAXED), notes, traced.program, stored)
-    left = _not_applied(records, artifact.expert(expert))
+    left = _not_applied(records, traced, artifact.expert(expert))
     return ExpertPasses(expert, tuple(recorder.steps), tuple(recorder.structures), tuple(left))
 
 
@@ -213,20 +213,20 @@ class StepRecorder:
         }
 
 
-def _not_applied(records: list[PassRecord], info: ExpertInfo) -> list[NotApplied]:
+def _not_applied(records: list[PassRecord], traced: Traced, info: ExpertInfo) -> list[NotApplied]:
     """From the manifest what the plan left in more bits, and from the notes what the passes left alone."""
     kept: dict[tuple[str, str], list[str]] = {}
-    for linear in info.linears:
-        if linear["precision"] == Precision.HIGH:
-            kept.setdefault(("4 bits", linear["reason"]), []).append(linear["path"])
-        elif linear["precision"] == Precision.W4A16 and info.recipe.get("activations") == "hif4":
-            kept.setdefault(("4-bit activations", linear["reason"]), []).append(linear["path"])
+    for decision in traced.choices.plan.decisions:
+        if decision.precision == Precision.HIGH:
+            kept.setdefault(("4 bits", str(decision.reason)), []).append(decision.path)
+        elif decision.precision == Precision.W4A16 and traced.recipe.precision == Precision.W4A4:
+            kept.setdefault(("4-bit activations", str(decision.reason)), []).append(decision.path)
     found = [NotApplied(f"{what}: {', '.join(paths)}", why, "choose_precision") for (what, why), paths in kept.items()]
     for record in records:
         found += [item for note in record.notes if (item := _from_note(note, record)) is not None]
     if info.bf16_timesteps:
         when = ", ".join(f"{low:g} to {high:g}" for low, high in info.bf16_timesteps)
-        why = f"the recipe keeps bf16 activations in {info.recipe.get('bf16_steps', 0):.0%} of the steps"
+        why = f"the recipe keeps bf16 activations in up to {traced.recipe.bf16_steps:.0%} of the steps"
         found.append(NotApplied(f"4-bit activations: timesteps {when}", why, RELAXED))
     return found
 

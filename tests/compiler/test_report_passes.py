@@ -22,6 +22,7 @@ alpha = 0.5
 hadamard = 64
 rank = 2
 keep_high = ["blocks.1.attn1.to_k"]
+bf16_layers = 0.2
 bf16_steps = 0.4
 """
 KEPT = "blocks.1.attn1.to_k"
@@ -120,7 +121,7 @@ def test_what_a_pass_did_to_a_block(passes):
     went, came = passes.difference(step_of(passes, "choose_precision"), "blocks.1")
     assert len(went) == len(came) == 10
     assert [node.marks for node in came if node.module == "attn1.to_k"] == ["high"]
-    assert {node.marks for node in came} == {"high", "w4a4, rank 2"}
+    assert {"high", "w4a4, rank 2"} <= {node.marks for node in came}
     _, came = passes.difference(step_of(passes, "fold_channel_masks"), "blocks.0")
     assert [node.reads for node in came if node.module == "norm2"] == [
         (
@@ -156,7 +157,9 @@ def test_precisions_follow_the_plan_and_then_the_operators(passes, artifact):
         return Counter(node.precision for _, node in found if node.label in products and node.marks)
 
     planned = Counter(linear["precision"] for linear in artifact.expert("transformer").linears)
-    assert planned == {"w4a4": 19, "high": 7}
+    assert planned["w4a4"] > 10
+    assert planned["w4a16"] == 19 - planned["w4a4"] > 0
+    assert planned["high"] == 7
     assert not any(node.marks for _, node in nodes_of(passes, "mark_boundaries"))
     assert {node.precision for _, node in nodes_of(passes, CAPTURED)} == {"high", "none"}
     for name in ("choose_precision", "insert_qdq", "pack_weights", STORED):
@@ -179,10 +182,17 @@ def test_what_did_not_apply_and_why(passes, artifact):
     found = passes.not_applied
     assert NotApplied("4 bits: proj_out", "boundary: output projection", "choose_precision") in found
     assert NotApplied(f"4 bits: {KEPT}", f"recipe mine keeps {KEPT}", "choose_precision") in found
-    kept = [linear["path"] for linear in artifact.expert("transformer").linears if linear["precision"] == "high"]
-    named = [item.what.removeprefix("4 bits: ") for item in found if item.what.startswith("4 bits: ")]
-    assert sorted(", ".join(named).split(", ")) == sorted(kept)
-    assert NotApplied("not fused: norm_out", "what reads it does not quantize", "fuse_norm_quantize") in found
+    for what, precision in (("4 bits: ", "high"), ("4-bit activations: ", "w4a16")):
+        named = {
+            path: item.why
+            for item in found
+            if item.pass_name == "choose_precision" and item.what.startswith(what)
+            for path in item.what.removeprefix(what).split(", ")
+        }
+        linears = artifact.expert("transformer").linears
+        assert named == {item["path"]: item["reason"] for item in linears if item["precision"] == precision}
+    whys = {item.why for item in found if item.what.startswith("not fused: ")}
+    assert "what reads it does not quantize" in whys
     assert [item.what for item in found if item.pass_name == "fuse_activation"] == [
         "not fused: condition_embedder.text_embedder.act_1"
     ]
@@ -195,7 +205,7 @@ def test_what_did_not_apply_and_why(passes, artifact):
     (steps,) = (item for item in found if item.pass_name == RELAXED)
     low, high = artifact.expert("transformer").bf16_timesteps[0]
     assert steps.what == f"4-bit activations: timesteps {low:g} to {high:g}"
-    assert steps.why == "the recipe keeps bf16 activations in 40% of the steps"
+    assert steps.why == "the recipe keeps bf16 activations in up to 40% of the steps"
 
 
 def test_weight_only_lacks_what_needs_a_calibration(artifacts, captures):
