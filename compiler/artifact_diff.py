@@ -241,10 +241,10 @@ class _Pair:
         count = total = 0
         for one, two in zip(*(_pieces(file.read(name)) for file in files), strict=True):
             total += per_element * one.numel()
-            count += 0 if torch.equal(one, two) else _differing(one, two, per_element)
+            count += 0 if _equal(one, two) else _differing(one, two, per_element)
             self.on_event("bytes", 2 * one.nbytes)
-        for file in files:
-            file.release(name)
+            for file in files:  # the largest tensor of A14B alone has 315 MB
+                file.release(name)
         return count / total if count else None
 
     def _in_equal_files(self) -> set[str]:
@@ -262,12 +262,19 @@ def _pieces(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     yield from flat.split(PIECE_BYTES // flat.itemsize)
 
 
+def _equal(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two pieces are equal; compared in words where they can be, which takes an eighth of the time."""
+    if one.nbytes % 8 == 0:
+        one, two = one.view(torch.int64), two.view(torch.int64)
+    return torch.equal(one, two)
+
+
 def _differing(one: torch.Tensor, two: torch.Tensor, per_element: int) -> int:
     """How many elements differ; how many 4-bit halves of bytes, where there are two codes an element."""
     if per_element == 1:
-        return int((one != two).sum())
+        return int(torch.count_nonzero(one != two))
     bits = one ^ two
-    return int(((bits & 15) != 0).sum() + (bits > 15).sum())
+    return int(torch.count_nonzero(bits & 0x0F) + torch.count_nonzero(bits & 0xF0))
 
 
 def _owner(name: str, paths: set[str]) -> str | None:
