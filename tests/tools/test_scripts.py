@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = ("plan", "compile", "verify", "sample", "inspect", "evaluate", "trust", "bench")
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "demo", "make_checkpoint", "train_tiny"])
+@pytest.mark.parametrize("name", [*COMMANDS, "demo", "make_checkpoint", "make_docs", "train_tiny"])
 def test_script_explains_itself(name: str, tmp_path: Path) -> None:
     script = ROOT / "tools" / f"{name}.py"
     # In another directory: nothing may depend on where it is started, and tools/ must not hide the standard library.
