@@ -52,7 +52,7 @@ class LinearDifference:
         sqnr: (before, after) in dB; None for one that was not measured.
         weight: share of the stored weight that is another: of its 4-bit codes, or of its elements in 16 bits; 0 where
             only scales differ, 1 where it is stored otherwise.
-        tensors: what else of it differs, for example "bias".
+        tensors: what else of it differs: "bias", "weight.down", "weight.up".
     """
 
     path: str
@@ -192,7 +192,7 @@ class _Pair:
                 scales = part == "weight.scales" and self._comparable(f"{path}.{part}")
                 weight = max(weight or 0.0, 0.0 if scales else share)
             else:
-                others.append(part.removeprefix("weight."))
+                others.append(part)
         return LinearDifference(
             path=path,
             precision=_change(first.precision, second.precision),
