@@ -10,8 +10,8 @@ __all__ = ["Layout", "lay_out"]
 
 _LANE = 0.12
 """Columns between a node and a line that passes it, or between two such lines."""
-_SWEEPS = 24
-"""Rounds down and up in which nodes move towards their neighbours; after these a drawing of 200 nodes is at rest."""
+_SWEEPS = 12
+"""Rounds down and up in which nodes move towards their neighbours; after these a drawing of a block hardly changes."""
 
 
 @dataclass(frozen=True)

@@ -133,10 +133,7 @@ def render_page(content: PageContent) -> str:
         about=_about(numbers),
         files=[(name, f"{size:,}") for name, size in sorted(numbers.files.items())],
         worst=[(expert.name, _worst(expert)) for expert in numbers.experts if expert.groups],
-        left_out=[
-            (item["expert"], [(left["what"], left["why"], left["pass_name"]) for left in item["not_applied"]])
-            for item in content.programs
-        ],
+        left_out=_left_out(content.programs),
     )
 
 
@@ -154,6 +151,15 @@ def _with_layouts(programs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             structures.append({**structure, "layout": vars(known[key])})
         result.append({**program, "structures": structures})
     return result
+
+
+def _left_out(programs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """(what, why, pass, experts) of what did not apply, the same of several experts once."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for program in programs:
+        for item in program["not_applied"]:
+            found.setdefault((item["what"], item["why"], item["pass_name"]), []).append(program["expert"])
+    return [(*row, ", ".join(experts)) for row, experts in found.items()]
 
 
 def _script_json(value: Any) -> str:

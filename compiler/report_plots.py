@@ -126,23 +126,30 @@ def _lines(
 ) -> Figure | None:
     """One line a kind over the blocks; None where there is no value. What is above the ceiling is drawn there."""
     plot = _figure(expert.name, x_axis_label="block", y_axis_label=label, y_axis_type="log" if log else "linear")
-    dots = []
+    rows = []
+    strokes = []
     for kind, linears in _by_kind(expert.linears).items():
         points = [(item.block, found, item.path) for item in linears if (found := value(item)) and math.isfinite(found)]
+        heights = [min(found, ceiling) for _, found, _ in points]
+        rows += [
+            (kind, colours[kind], block, height, found, path, "triangle" if found > ceiling else "circle")
+            for (block, found, path), height in zip(points, heights, strict=True)
+        ]
         if points:
-            x, y, path = zip(*points, strict=True)
-            data = {
-                "x": x,
-                "y": [min(found, ceiling) for found in y],
-                "value": y,
-                "path": path,
-                "marker": ["triangle" if found > ceiling else "circle" for found in y],
-            }
-            style = {"color": colours[kind], "name": f"kind:{kind}"}
-            line = plot.line("x", "y", source=data, line_width=1.6, **style)
-            dots.append(plot.scatter("x", "y", source=line.data_source, marker="marker", size=6, **style))
-    _hover(plot, dots, ("", "@path"), (label, "@value{0.00e+0}" if log else "@value{0.0}"))
-    return plot if dots else None
+            strokes.append((kind, colours[kind], [block for block, _, _ in points], heights))
+    if not rows:
+        return None
+    plot.multi_line("x", "y", color="colour", line_width=1.6, source=_table(("kind", "colour", "x", "y"), strokes))
+    source = _table(("kind", "colour", "x", "y", "value", "path", "marker"), rows)
+    dots = plot.scatter("x", "y", color="colour", marker="marker", size=6, source=source)
+    _hover(plot, [dots], ("", "@path"), (label, "@value{0.00e+0}" if log else "@value{0.0}"))
+    return plot
+
+
+def _table(names: Sequence[str], rows: Iterable[Sequence[Any]]) -> dict[str, list[Any]]:
+    """Columns of rows. Of a source with a column "kind" the page hides rows."""
+    columns = list(zip(*rows, strict=True)) or [()] * len(names)
+    return {name: list(column) for name, column in zip(names, columns, strict=True)}
 
 
 def _ceiling(values: Iterable[float | None]) -> float:
@@ -160,24 +167,20 @@ def _spans(
     names: tuple[str, str],
 ) -> Figure | None:
     """A vertical span for each (kind, block, low, high, path), the kinds of a block side by side."""
+    if not spans:
+        return None
     plot = _figure(expert.name, x_axis_label="block", y_axis_label=label, y_axis_type="log")
     kinds = [kind for kind in colours if any(span[0] == kind for span in spans)]
-    drawn = []
-    for index, kind in enumerate(kinds):
-        own = [span for span in spans if span[0] == kind]
-        shift = (index - (len(kinds) - 1) / 2) * 0.7 / len(kinds)
-        data = {
-            "x": [span[1] + shift for span in own],
-            "low": [span[2] for span in own],
-            "high": [span[3] for span in own],
-            "path": [span[4] for span in own],
-        }
-        style = {"color": colours[kind], "name": f"kind:{kind}"}
-        line = plot.segment("x", "low", "x", "high", source=data, line_width=2, **style)
-        for end, marker in (("low", "circle"), ("high", "triangle")):
-            drawn.append(plot.scatter("x", end, source=line.data_source, size=5, marker=marker, **style))
-    _hover(plot, drawn, ("", "@path"), (names[0], "@low{0.000a}"), (names[1], "@high{0.000a}"))
-    return plot if drawn else None
+    shift = {kind: (index - (len(kinds) - 1) / 2) * 0.7 / len(kinds) for index, kind in enumerate(kinds)}
+    rows = [(kind, colours[kind], block + shift[kind], low, high, path) for kind, block, low, high, path in spans]
+    data = _table(("kind", "colour", "x", "low", "high", "path"), rows)
+    line = plot.segment("x", "low", "x", "high", source=data, line_width=2, color="colour")
+    ends = [
+        plot.scatter("x", end, source=line.data_source, size=5, marker=marker, color="colour")
+        for end, marker in (("low", "circle"), ("high", "triangle"))
+    ]
+    _hover(plot, ends, ("", "@path"), (names[0], "@low{0.000a}"), (names[1], "@high{0.000a}"))
+    return plot
 
 
 def _masks(expert: ExpertNumbers, colours: dict[str, str]) -> Figure | None:
@@ -202,27 +205,23 @@ def _tails(expert: ExpertNumbers, colours: dict[str, str]) -> Figure | None:
 
 def _bytes(expert: ExpertNumbers, colours: dict[str, str]) -> Figure | None:
     """Stacked bytes of each block, and what they are in bf16."""
-    kinds = _by_kind(expert.linears)
-    if not kinds:
-        return None
     plot = _figure(expert.name, x_axis_label="block", y_axis_label="MB")
     floor: dict[int, float] = {}
     whole: dict[int, float] = {}
-    drawn = []
-    for kind, linears in kinds.items():
-        data: dict[str, list[Any]] = {"x": [], "bottom": [], "top": [], "path": [], "size": []}
+    rows = []
+    for kind, linears in _by_kind(expert.linears).items():
         for item in linears:
             assert item.block is not None
             low = floor.get(item.block, 0.0)
             floor[item.block] = low + item.bytes / 1e6
             whole[item.block] = whole.get(item.block, 0.0) + item.bf16_bytes / 1e6
-            row = (item.block, low, floor[item.block], item.path, item.bytes)
-            for column, value in zip(data.values(), row, strict=True):
-                column.append(value)
-        style = {"color": colours[kind], "name": f"kind:{kind}", "line_color": None}
-        drawn.append(plot.vbar("x", 0.7, "top", "bottom", source=data, **style))
+            rows.append((kind, colours[kind], item.block, low, floor[item.block], item.path, item.bytes))
+    if not rows:
+        return None
+    data = _table(("kind", "colour", "x", "bottom", "top", "path", "size"), rows)
+    bars = plot.vbar("x", 0.7, "top", "bottom", source=data, color="colour", line_color=None)
     plot.vbar(list(whole), 0.7, list(whole.values()), fill_color=None, line_color=_GREY, line_dash="dotted")
-    _hover(plot, drawn, ("", "@path"), ("bytes", "@size{0,0}"))
+    _hover(plot, [bars], ("", "@path"), ("bytes", "@size{0,0}"))
     plot.y_range.start = 0
     return plot
 
@@ -237,8 +236,8 @@ def _histograms(numbers: ArtifactNumbers) -> list[Figure]:
     ):
         plot = _figure(title, height=230, x_axis_label=label, y_axis_label="share, %", tools="")
         for index, expert in enumerate(numbers.experts):
-            # Something to begin with: Bokeh complains of a range without data.
-            data = {"left": [0.0], "right": [1.0], "top": [1.0]}
+            # Nothing high to begin with: Bokeh complains of a range without data.
+            data = {"left": [0.0], "right": [1.0], "top": [0.001]}
             bars = plot.quad(
                 "left", "right", "top", 0, source=data, name=expert.name, color=EXPERT_COLOURS[index % 2], alpha=0.42
             )

@@ -41,9 +41,13 @@ function plot(name, target) {
 }
 
 const hiddenKinds = new Set();
+const wholeTables = new WeakMap();  // source -> its data with the rows of every kind
 function showKinds(page) {
-  for (const model of page.roots()[0].references()) {
-    if (model.name?.startsWith("kind:")) model.visible = !hiddenKinds.has(model.name.slice(5));
+  for (const source of page.roots()[0].references()) {
+    if (!source.data?.kind) continue;
+    if (!wholeTables.has(source)) wholeTables.set(source, source.data);
+    const whole = wholeTables.get(source), kept = [...whole.kind.keys()].filter((row) => !hiddenKinds.has(whole.kind[row]));
+    source.data = Object.fromEntries(Object.entries(whole).map(([name, column]) => [name, kept.map((row) => column[row])]));
   }
 }
 
@@ -51,7 +55,7 @@ function startPlots() {
   const seen = new IntersectionObserver((entries) => {
     for (const entry of entries.filter((one) => one.isIntersecting)) {
       seen.unobserve(entry.target);
-      plot(entry.target.dataset.plot, entry.target).then(showKinds);
+      plot(entry.target.dataset.plot, entry.target).then((page) => { if (hiddenKinds.size) showKinds(page); });
     }
   }, { rootMargin: "300px" });
   document.querySelectorAll("[data-plot]").forEach((place) => seen.observe(place));
@@ -91,7 +95,7 @@ const how = (linear) => [
 
 const mask = (linear) => linear.mask && [
   linear.alpha === null ? "" : `α ${figure(linear.alpha)}`, linear.mask_folded ? "folded" : span(linear.mask_min, linear.mask_max),
-].filter(Boolean).join("  ");
+].filter(Boolean).join(" · ");
 
 /** [heading, explanation, value to sort by, cell, shown as figure, only on demand] of the columns that each expert has. */
 const allColumns = [
@@ -171,16 +175,18 @@ function fillLinears() {
 
 // ---- histograms of the chosen linear -------------------------------------------------------------------------------
 
-/** Bars of magnitudes in half octaves; the page's share counts the zeros too. */
+const nothing = { left: [0], right: [1], top: [0.001] };  // Bokeh complains of a range without data
+
+/** Bars of magnitudes in half octaves; a share is one of all values, zeros included. */
 function magnitudes(histogram) {
-  if (!histogram) return { left: [], right: [], top: [] };
+  if (!histogram) return nothing;
   const total = histogram.zeros + histogram.counts.reduce((a, b) => a + b, 0);
   const left = histogram.counts.map((_, index) => (histogram.lowest + index) / 2);
   return { left, right: left.map((value) => value + 0.5), top: histogram.counts.map((count) => (100 * count) / total) };
 }
 
 function integers(counts) {
-  if (!counts) return { left: [], right: [], top: [] };
+  if (!counts) return nothing;
   const total = counts.reduce((a, b) => a + b, 0);
   const used = counts.map((count, n) => [n, count]).filter(([, count]) => count);
   return { left: used.map(([n]) => n - 0.45), right: used.map(([n]) => n + 0.45), top: used.map(([, count]) => (100 * count) / total) };
