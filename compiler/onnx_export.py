@@ -339,8 +339,11 @@ def _write(
     data = model.SerializeToString(deterministic=True)
     with made.open(path) as file:
         made.write(file, data)
-    # By path: only so does the checker look at the external data as well.
-    onnx.checker.check_model(str(made.temporary(path)), full_check=True)
+    try:  # by path: only so does the checker look at the external data as well
+        onnx.checker.check_model(str(made.temporary(path)), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise Hif4Error(f"{path}: ONNX's checker refuses the program ({reason}); compile the artifact again.") from error
     made.rename(path)
     nodes = len(model.graph.node)
     return ExportedProgram(expert, variant, path, nodes, len(data), places.data, lowered.quantized)

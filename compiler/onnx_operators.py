@@ -22,34 +22,25 @@ __all__ = ["LOWERINGS", "Lowering"]
 Lowering = Callable[..., Any]
 
 
-def _operand(g: OnnxGraph, value: Any, dtype: str) -> str:
+def _operand(g: OnnxGraph, value: Any, dtype: str) -> Tensor:
     """A tensor, size or number as a value of a dtype."""
     if isinstance(value, Tensor):
-        return g.cast(value, dtype).name
+        return g.cast(value, dtype)
     if isinstance(value, Size) and isinstance(value.value, str):
-        return g.cast(Tensor(value.value, TensorType("int64", (1,))), dtype).name
+        return g.cast(Tensor(value.value, TensorType("int64", (1,))), dtype)
     number = value.value if isinstance(value, Size) else value
-    return g.constant(number, _numpy(dtype))
-
-
-def _numpy(dtype: str) -> Any:
-    return np.dtype(computed(TensorType(dtype, ())).dtype)
+    kind = computed(TensorType(dtype, ()))
+    return Tensor(g.constant(number, np.dtype(kind.dtype)), kind)
 
 
 def _arithmetic(operator: str) -> Lowering:
     def lower(g: OnnxGraph, kind: TensorType, a: Any, b: Any, *, alpha: float = 1) -> Tensor:
-        second = _operand(g, b, kind.dtype)
+        first, second = _operand(g, a, kind.dtype), _operand(g, b, kind.dtype)
         if alpha != 1:
-            second = g.add("Mul", [second, g.constant(alpha, _numpy(kind.dtype))], _type_of(g, second)).name
-        return g.add(operator, [_operand(g, a, kind.dtype), second], kind)
+            second = g.add("Mul", [second.name, _operand(g, alpha, kind.dtype).name], second.type)
+        return g.add(operator, [first.name, second.name], kind)
 
     return lower
-
-
-def _type_of(g: OnnxGraph, name: str) -> TensorType:
-    if name in g.constants:
-        return TensorType(str(g.constants[name].dtype), g.constants[name].shape)
-    return g.types[name]
 
 
 def _unary(operator: str) -> Lowering:

@@ -88,7 +88,7 @@ def _decoded(g: OnnxGraph, codes: Tensor | Decoded, scales: Tensor | Decoded) ->
             raise ValueError("planes of two tensors in one operator")
         return codes.values
     codes, scales = _rows(g, codes), _rows(g, scales, 4)
-    kind = TensorType("float32", (*codes.shape[:-1], scales.shape[-2] * UNIT))  # type: ignore[operator]
+    kind = TensorType("float32", (*codes.shape[:-1], scales.shape[-2] * UNIT))
     return g.call("Dequantize", [codes, scales], [kind])[0]
 
 
