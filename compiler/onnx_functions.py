@@ -12,7 +12,8 @@ A weight is decoded once `after` has been computed, a value of any shape whose n
 knew the weights from the start would fold them into constants of eight times their size, or decode them all before the
 first product. With the result of the linear before (for the first one: its own x) one weight at a time is unpacked.
 
-A call takes tables besides, initializers that all calls share: `call` writes the node, `tables` gives the initializers.
+A call takes tables besides, which all calls share: `call` writes the node, `tables` gives the initializers, and
+`table_nodes` the nodes that compute the largest table from them (a session folds it into a constant of 3 MiB).
 """
 
 import functools
@@ -27,7 +28,7 @@ from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.format import UNIT, quantize
 from hif4c.runtime.rotation import check_width
 
-__all__ = ["DOMAIN", "MAX_OPSET", "MIN_OPSET", "call", "functions", "hadamard", "tables"]
+__all__ = ["DOMAIN", "MAX_OPSET", "MIN_OPSET", "call", "functions", "hadamard", "table_nodes", "tables"]
 
 DOMAIN = "hif4"
 MIN_OPSET = 20
@@ -36,9 +37,11 @@ MAX_OPSET = 26
 _THRESHOLDS, _RECIPROCALS, _PRODUCTS, _NOTHING = "hif4.thresholds", "hif4.reciprocals", "hif4.products", "hif4.nothing"
 _NEIGHBOUR, _RUNS = "hif4.half_of_neighbour", "hif4.runs"
 _NIBBLES, _EXPONENTS, _EIGHTHS = "hif4.nibbles", "hif4.exponents", "hif4.eighths"
-_MAGNITUDES, _UNITS, _LEVEL2, _LEVEL3 = "hif4.magnitudes", "hif4.units", "hif4.level2", "hif4.level3"
+_MAGNITUDES, _JOIN, _LEVEL2, _LEVEL3 = "hif4.magnitudes", "hif4.join", "hif4.level2", "hif4.level3"
+_UNITS, _LOW, _HIGH, _POWERS = "hif4.units", "hif4.low_pairs", "hif4.high_pairs", "hif4.powers"
+_GRID, _ROWS = "hif4.grid", "hif4.rows"
 _SCALE_TABLES = (_NOTHING, _THRESHOLDS, _RECIPROCALS, _NEIGHBOUR, _RUNS)
-_DECODE_TABLES = (_MAGNITUDES, _UNITS, _LEVEL2, _LEVEL3, _RUNS)
+_DECODE_TABLES = (_MAGNITUDES, _JOIN, _UNITS, _LEVEL2, _LEVEL3)
 _TABLES = {
     "Quantize": (*_SCALE_TABLES, _NIBBLES, _EXPONENTS, _EIGHTHS),
     "Dequantize": _DECODE_TABLES,
@@ -80,8 +83,31 @@ def tables(called: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
     found: dict[str, npt.NDArray[Any]] = {}
     for function in sorted(set(called)):
         known = _format_tables() if function in _TABLES else _hadamard_tables(_width(function))
-        found.update({name: known[name] for name in _table_names(function)})
+        names = set(_table_names(function))
+        if _MAGNITUDES in names:
+            names = names - {_MAGNITUDES} | {_LOW, _HIGH, _POWERS, _GRID, _ROWS}
+        found.update({name: known[name] for name in sorted(names)})
     return found
+
+
+def table_nodes(called: Iterable[str]) -> list[tuple[Any, tuple[int, ...]]]:
+    """Nodes to put before the calls of the functions of these names, each with the shape of its fp32 result.
+
+    They compute a table from initializers: row (E1_8 + E1_16) * 65536 + c, fp32 [196608, 4], holds the in-unit integers
+    of a run of 4 whose two code bytes are the number c, the first byte in its low half.
+    """
+    from onnx import helper
+
+    if not any(_MAGNITUDES in _table_names(function) for function in called):
+        return []
+    low, high, pairs, scaled = (f"{_MAGNITUDES}/{step}" for step in ("low", "high", "pairs", "scaled"))
+    return [
+        (helper.make_node("Expand", [_LOW, _GRID], [low], name=low), (256, 256, 2)),
+        (helper.make_node("Expand", [_HIGH, _GRID], [high], name=high), (256, 256, 2)),
+        (helper.make_node("Concat", [low, high], [pairs], name=pairs, axis=2), (256, 256, 4)),
+        (helper.make_node("Mul", [pairs, _POWERS], [scaled], name=scaled), (3, 256, 256, 4)),
+        (helper.make_node("Reshape", [scaled, _ROWS], [_MAGNITUDES], name=_MAGNITUDES), (3 * 65536, 4)),
+    ]
 
 
 def _table_names(function: str) -> tuple[str, ...]:
@@ -184,23 +210,25 @@ def _quantize() -> str:
 def _decode(lead: str, codes: str, scales: str) -> str:
     """Lines that decode the planes `codes` and `scales` to `values`; `lead`: a 0 for each leading dimension."""
     return f"""
-    codes_index = Cast <to = 6> ({codes})
-    pairs = Gather (magnitudes, codes_index)
-    by_unit = Constant <value_ints = [{lead}, -1, 64]> ()
-    in_units = Reshape (pairs, by_unit)
+    codes_f32 = Cast <to = 1> ({codes})
+    by_half = Constant <value_ints = [{lead}, -1, 2, 16]> ()
+    halves = Reshape (codes_f32, by_half)
+    code_pairs = MatMul (halves, join)
     scales_index = Cast <to = 6> ({scales})
     sizes = Constant <value_ints = [1, 1, 2]> ()
     byte0, byte1, bytes23 = Split <axis = -1> (scales_index, sizes)
     unit = Gather (units, byte0)
-    power2 = Gather (level2, byte1)
-    power3_halves = Gather (level3, bytes23)
-    by_run = Constant <value_ints = [{lead}, -1, 16]> ()
-    power2_runs = Reshape (power2, by_run)
-    power3_runs = Reshape (power3_halves, by_run)
-    power = Mul (power2_runs, power3_runs)
-    scale_runs = Mul (power, unit)
-    scale = MatMul (scale_runs, runs)
-    value_units = Mul (in_units, scale)
+    row2 = Gather (level2, byte1)
+    by_run = Constant <value_ints = [{lead}, -1, 2, 8]> ()
+    row2_halves = Reshape (row2, by_run)
+    row3_halves = Gather (level3, bytes23)
+    level_rows = Add (row2_halves, row3_halves)
+    rows_f32 = Add (level_rows, code_pairs)
+    rows = Cast <to = 6> (rows_f32)
+    integers = Gather (magnitudes, rows)
+    by_unit = Constant <value_ints = [{lead}, -1, 64]> ()
+    in_units = Reshape (integers, by_unit)
+    value_units = Mul (in_units, unit)
     flat = Constant <value_ints = [{lead}, -1]> ()
     values = Reshape (value_units, flat)
 """
@@ -208,11 +236,11 @@ def _decode(lead: str, codes: str, scales: str) -> str:
 
 def _dequantize() -> str:
     body = _decode("0, 0", "codes", "scales")
-    return f"Dequantize (codes, scales, magnitudes, units, level2, level3, runs) => (values) {{ {body} }}"
+    return f"Dequantize (codes, scales, magnitudes, join, units, level2, level3) => (values) {{ {body} }}"
 
 
 def _linear() -> str:
-    return f"""Linear (x, codes, scales, after, magnitudes, units, level2, level3, runs) => (y) {{
+    return f"""Linear (x, codes, scales, after, magnitudes, join, units, level2, level3) => (y) {{
     largest = ReduceMax <keepdims = 0> (after)
     never = Less (largest, largest)
     zero = Cast <to = 2> (never)
@@ -282,6 +310,7 @@ def _format_tables() -> dict[str, npt.NDArray[Any]]:
     code = np.arange(256)
     nibble = np.arange(16)
     magnitude = np.where(nibble > 7, -1, 1).astype(np.float32) * (nibble & 7).astype(np.float32)
+    pairs = np.stack((magnitude[code & 0xF], magnitude[code >> 4]), axis=-1)
     bits = (code[:, None] >> np.arange(7, -1, -1)) & 1
     weights = (1 << np.arange(7, -1, -1)).astype(np.float32)
     exponents = np.zeros((16, 3), np.float32)
@@ -298,10 +327,15 @@ def _format_tables() -> dict[str, npt.NDArray[Any]]:
         _NIBBLES: np.kron(np.eye(UNIT // 2), [[1], [16]]).astype(np.float32),
         _EXPONENTS: exponents,
         _EIGHTHS: eighths,
-        _MAGNITUDES: np.stack((magnitude[code & 0xF], magnitude[code >> 4]), axis=-1),
-        _UNITS: (e6m2 / 16).numpy()[::-1].copy(),
-        _LEVEL2: (1 << bits).astype(np.float32).repeat(2, axis=-1),
-        _LEVEL3: (1 << bits).astype(np.float32),
+        _JOIN: np.kron(np.eye(8), [[1], [256]]).astype(np.float32),
+        _UNITS: (e6m2 / 4).numpy()[::-1].copy(),
+        _LEVEL2: (65536 * bits).astype(np.float32).repeat(2, axis=-1),
+        _LEVEL3: (65536 * bits).astype(np.float32),
+        _LOW: pairs,
+        _HIGH: pairs[:, None],
+        _POWERS: np.array([1, 2, 4], np.float32).reshape(3, 1, 1, 1),
+        _GRID: np.array([256, 256, 2], np.int64),
+        _ROWS: np.array([-1, 4], np.int64),
     }
 
 

@@ -145,6 +145,9 @@ class _Lowering:
                 ) from error
         outputs = self._outputs()
         g.constants.update(onnx_functions.tables(g.functions))
+        computed_tables = onnx_functions.table_nodes(g.functions)
+        g.nodes[:0] = [node for node, _ in computed_tables]
+        g.types.update({node.output[0]: TensorType("float32", shape) for node, shape in computed_tables})
         g.remove_unread(outputs)
         read = {name for node in g.nodes for name in node.input} | set(outputs)
         return LoweredProgram(g, self.inputs, outputs, [item for name, item in self.used.items() if name in read])
