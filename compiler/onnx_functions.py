@@ -6,7 +6,8 @@ B, T, N are any sizes, K channels a multiple of 64 (the caller pads), U = K/64 u
     Dequantize(codes, scales) -> values f32 [B,T,K]                         exact
     QuantizeDequantize(x f32 [B,T,K]) -> values f32 [B,T,K]                 Dequantize(Quantize(x)), sign of zero too
     Linear(x f32 [B,T,K], codes u8 [N,K/2], scales u8 [N,U,4], after f32) -> f32 [B,T,N]     x @ Dequantize(weight)^T
-    Hadamard64(x f32 [B,T,K]) -> f32 [B,T,K]     one function a width; bit for bit `runtime.rotation.block_hadamard`
+    Hadamard64(x f32 [B,T,K]) -> f32 [B,T,K]     one function a width; exactly `runtime.rotation.block_hadamard`, but
+        a zero may lose its sign and a run with Inf becomes NaN throughout, which quantizes alike
 
 A weight is decoded once `after` has been computed, a value of any shape whose numbers do not matter: a session that
 knew the weights from the start would fold them into constants of eight times their size, or decode them all before the

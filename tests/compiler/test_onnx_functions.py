@@ -197,8 +197,11 @@ def test_hadamard_is_exact(width: int):
     x[0, 0, 5] = 1e-42  # a subnormal must not be flushed
     x[1] = 0
     x[1, :, 1::2] = torch.randn(3, 512, generator=generator) * 1e-40
-    (y,) = session(rotation(width)).run(None, {"x": x.numpy()})
-    assert np.array_equal(y, block_hadamard(x, width).numpy())
+    loaded = session(rotation(width))
+    assert np.array_equal(loaded.run(None, {"x": x.numpy()})[0], block_hadamard(x, width).numpy())
+    x[0, 1, 3], x[0, 2, 7] = torch.inf, torch.nan
+    (y,) = loaded.run(None, {"x": x.numpy()})
+    assert np.array_equal(np.isfinite(y), torch.isfinite(block_hadamard(x, width)).numpy())
 
 
 @pytest.mark.parametrize(("rows", "k", "n"), [((1, 1), 64, 1), ((2, 5), 320, 7), ((1, 33), 1152, 65)])
