@@ -143,7 +143,7 @@ def _require_onnx() -> None:
     try:
         import onnx  # noqa: F401
     except ModuleNotFoundError:
-        raise Hif4Error("export to ONNX needs the package onnx; install it with: pip install 'hif4c[onnx]'") from None
+        raise Hif4Error("export to ONNX needs the package onnx; install it with: pip install 'hif4c[onnx]'.") from None
 
 
 def _program_paths(output: Path, programs: Sequence[tuple[str, str | None]]) -> dict[tuple[str, str | None], Path]:
@@ -233,7 +233,7 @@ class _DataFiles:
         for name, target in zip(self.names, self.copies, strict=True):
             with open(self.artifact.path(name), "rb") as source, made.open(target) as file:
                 while data := source.read(CHUNK):
-                    made.write(file, data)
+                    made.write(file, data, target)
                     on_event("bytes", len(data))
             made.rename(target)
 
@@ -266,7 +266,7 @@ class _NewFiles:
         """A file for the bytes of `target`, under its temporary name."""
         path = self.temporary(target)
         try:
-            file = open(path, "wb")  # noqa: SIM115 - the caller's
+            file = open(path, "wb", buffering=0)  # noqa: SIM115 - the caller's; its close has nothing left to write
         except OSError as error:
             raise Hif4Error(f"{path}: cannot be written ({error.strerror}); choose another output.") from error
         self._paths.append(path)
@@ -278,14 +278,15 @@ class _NewFiles:
         return target.with_name(f".{target.name}.partial")
 
     @staticmethod
-    def write(file: Any, data: bytes) -> None:
-        """Append to a file, and know at once whether there was space."""
+    def write(file: Any, data: bytes, target: Path) -> None:
+        """Append to the file that `open` gave for a target."""
+        left = memoryview(data)
         try:
-            file.write(data)
-            file.flush()
+            while left:
+                left = left[file.write(left) :]
         except OSError as error:
             raise Hif4Error(
-                f"{file.name}: writing failed ({error.strerror}); free some space or choose another output."
+                f"{target}: writing failed ({error.strerror}); free some space or choose another output."
             ) from error
 
     def rename(self, target: Path) -> None:
@@ -338,12 +339,14 @@ def _write(
 
     data = model.SerializeToString(deterministic=True)
     with made.open(path) as file:
-        made.write(file, data)
+        made.write(file, data, path)
     try:  # by path: only so does the checker look at the external data as well
         onnx.checker.check_model(str(made.temporary(path)), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise Hif4Error(f"{path}: ONNX's checker refuses the program ({reason}); compile the artifact again.") from error
+        raise Hif4Error(
+            f"{path}: ONNX's checker refuses the program ({reason}); compile the artifact again."
+        ) from error
     made.rename(path)
     nodes = len(model.graph.node)
     return ExportedProgram(expert, variant, path, nodes, len(data), places.data, lowered.quantized)
