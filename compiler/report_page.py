@@ -31,7 +31,7 @@ _WORST = 40
 _PLOTS = (
     ("sqnr", "SQNR by layer", "Of the output on calibration rows, in dB: more is better. A triangle on top is "
      "above the axis.",
-     "No SQNR was measured: the recipe chose nothing by a calibration when this artifact was compiled."),
+     "No SQNR was measured when this artifact was compiled: its recipe chose nothing by a calibration."),
     ("errors", "Sensitivity by layer", "Relative energy of the output error on calibration rows by plain rounding, "
      "weights and activations in 4 bits: less is better.", ""),
     ("masks", "Range of the channel masks", "From the least to the largest entry of each stored mask; folded masks are "
@@ -81,13 +81,15 @@ def write_report_page(
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise Hif4Error(f"the report needs {', '.join(missing)}: install them with `pip install 'hif4c[report]'`.")
+    from hif4c.compiler.pipeline import PASS_NAMES
     from hif4c.compiler.report_passes import artifact_passes
 
     if output.is_dir():
         raise Hif4Error(f"{output} is a directory; give the page a file name.")
     numbers = artifact_numbers(artifact, calibration, on_event)
     on_event("step", "tracing the passes")
-    programs = [program.to_json() for program in artifact_passes(artifact).values()]
+    on_event("total", len(artifact.experts) * (1 + len(PASS_NAMES)))
+    programs = [item.to_json() for item in artifact_passes(artifact, lambda *_: on_event("bytes", 1)).values()]
     on_event("step", "drawing")
     page = render_page(PageContent(numbers, programs, calibration is not None)).encode()
     _write(output, page)
@@ -159,7 +161,9 @@ def _left_out(programs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str
     for program in programs:
         for item in program["not_applied"]:
             found.setdefault((item["what"], item["why"], item["pass_name"]), []).append(program["expert"])
-    return [(*row, ", ".join(experts)) for row, experts in found.items()]
+    return [
+        (*row, "all" if len(experts) == len(programs) > 1 else ", ".join(experts)) for row, experts in found.items()
+    ]
 
 
 def _script_json(value: Any) -> str:

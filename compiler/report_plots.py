@@ -17,8 +17,8 @@ EXPERT_COLOURS = ("#4a74d8", "#e07b1f")
 """The first and the second expert's, wherever both are in one plot."""
 _GREY = "#7d8794"
 _FAMILIES = {
-    "attn1.": ("#1f3f8f", "#3f6fd6", "#7c9fea", "#4cb5e8"),
-    "attn2.": ("#11603f", "#2a9d68", "#74c79c", "#a6b727"),
+    "attn1.": ("#3450b5", "#5b86ec", "#9cb8f6", "#3fb1e3"),
+    "attn2.": ("#17774d", "#2fae74", "#7fcfa5", "#a3b523"),
     "ffn.": ("#c2410c", "#f59e0b"),
 }
 """Shades of blue, green and orange, in the order in which a family's linears come."""
@@ -71,7 +71,6 @@ def make_plots(numbers: ArtifactNumbers) -> dict[str, Any]:
 
 def _figure(title: str, height: int = 260, **options: Any) -> Figure:
     """A figure that reads well on a light and on a dark page."""
-    from bokeh.models import LogTicker
     from bokeh.plotting import figure
 
     options = {"tools": "xpan,xbox_zoom,reset", "sizing_mode": "stretch_width", **options}
@@ -81,8 +80,6 @@ def _figure(title: str, height: int = 260, **options: Any) -> Figure:
     plot.title.text_color = _GREY
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
-    if options.get("y_axis_type") == "log":
-        plot.yaxis.ticker = LogTicker(mantissas=[1, 2, 5], desired_num_ticks=4)
     for axis in plot.axis:
         axis.axis_label_text_color = axis.major_label_text_color = _GREY
         axis.axis_line_color = axis.major_tick_line_color = _GREY
@@ -92,6 +89,19 @@ def _figure(title: str, height: int = 260, **options: Any) -> Figure:
         grid.grid_line_color = _GREY
         grid.grid_line_alpha = 0.18
     return plot
+
+
+def _log_ticks(plot: Figure, low: float, high: float) -> None:
+    """Ticks at 1, 2 and 5 of each decade, or fewer; Bokeh's own crowd at the upper end of a range of one or two."""
+    from bokeh.models import BasicTickFormatter, FixedTicker
+
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    mantissas = (1, 2, 5) if last - first <= 3 else (1,)
+    step = max(1, (last - first) // 6)
+    ticks = [mantissa * 10.0**decade for decade in range(first - 1, last + 1, step) for mantissa in mantissas]
+    plot.yaxis.ticker = FixedTicker(ticks=ticks)
+    plot.yaxis.formatter = BasicTickFormatter(power_limit_low=-4, power_limit_high=6)
+    plot.ygrid.ticker = plot.yaxis[0].ticker
 
 
 def _share_ranges(panels: Sequence[Figure]) -> None:
@@ -139,6 +149,8 @@ def _lines(
             strokes.append((kind, colours[kind], [block for block, _, _ in points], heights))
     if not rows:
         return None
+    if log:
+        _log_ticks(plot, min(row[3] for row in rows), max(row[3] for row in rows))
     plot.multi_line("x", "y", color="colour", line_width=1.6, source=_table(("kind", "colour", "x", "y"), strokes))
     source = _table(("kind", "colour", "x", "y", "value", "path", "marker"), rows)
     dots = plot.scatter("x", "y", color="colour", marker="marker", size=6, source=source)
@@ -173,6 +185,7 @@ def _spans(
     kinds = [kind for kind in colours if any(span[0] == kind for span in spans)]
     shift = {kind: (index - (len(kinds) - 1) / 2) * 0.7 / len(kinds) for index, kind in enumerate(kinds)}
     rows = [(kind, colours[kind], block + shift[kind], low, high, path) for kind, block, low, high, path in spans]
+    _log_ticks(plot, min(row[3] for row in rows), max(row[4] for row in rows))
     data = _table(("kind", "colour", "x", "low", "high", "path"), rows)
     line = plot.segment("x", "low", "x", "high", source=data, line_width=2, color="colour")
     ends = [

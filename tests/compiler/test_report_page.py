@@ -329,14 +329,13 @@ def test_forty_layers_open_fast_and_stay_small(browser, content, tmp_path):
     file, content = tmp_path / "deep.html", deep(content)
     file.write_text(render_page(content), encoding="utf-8")
     assert file.stat().st_size < PAGE_BYTES
-    seconds = []
-    while len(seconds) < 4 and min(seconds, default=9) >= LOAD_SECONDS:  # the machine may be busy with something else
-        started = time.perf_counter()
-        visit(browser, file)
-        assert count(browser, "details.region") == LAYERS + 1
-        assert count(browser, "#linears tbody tr") == len(content.numbers.experts[0].linears)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < LOAD_SECONDS
+    # Seconds that the page itself works, so that other work on the machine does not count.
+    browser.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+    visit(browser, file)
+    assert count(browser, "details.region") == LAYERS + 1
+    assert count(browser, "#linears tbody tr") == len(content.numbers.experts[0].linears)
+    metrics = {one["name"]: one["value"] for one in browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]}
+    assert 0 < metrics["TaskDuration"] < LOAD_SECONDS
     click(browser, '[data-region="blocks.39"] summary')
     assert "blocks 1 to 38" in text_of(browser, "#same-as")
     click(browser, "#experts button:last-child")
@@ -412,7 +411,7 @@ def test_a_calibration_is_for_the_report(path, calibrated):
 def test_nothing_is_left_where_the_page_cannot_be_written(path, content, tmp_path, monkeypatch):
     monkeypatch.setattr(report_page, "render_page", lambda _: "new")
     monkeypatch.setattr(report_page, "artifact_numbers", lambda *_: content.numbers)
-    monkeypatch.setattr("hif4c.compiler.report_passes.artifact_passes", lambda _: {})
+    monkeypatch.setattr("hif4c.compiler.report_passes.artifact_passes", lambda *_: {})
     artifact = open_artifact(path)
     with pytest.raises(Hif4Error, match="is a directory"):
         write_report_page(artifact, tmp_path)
