@@ -97,13 +97,24 @@ def _verify(artifact: Artifact, programs: Sequence[ExportedProgram]) -> bool:
             [program.path for program in programs],
             on_event=lambda event, path: report("step", f"running {path.name}"),
         )
-    columns = ("program", "codes", "4-bit linears", "flips", "distance", "of last bits", "of bf16", "verdict")
+    columns = (
+        "program",
+        "codes",
+        "4-bit linears",
+        "equal codes",
+        "flips",
+        "distance",
+        "of last bits",
+        "of bf16",
+        "verdict",
+    )
     table = make_table("onnxruntime on the golden inputs", columns)
     for check in checks:
         table.add_row(
             escape(check.path.name),
             "identical" if check.codes_differ == 0 else f"{check.codes_differ} differ",
             f"{check.linears}: {check.linear_error:.2f} of tolerance",
+            f"{check.program_error:.1e}" + ("" if check.passed else f" in {escape(check.worst_value)}"),
             f"{check.flips:,} of {check.activations:,}" if check.activations else "none quantized",
             f"{check.distance:.1e}",
             f"{check.flip_distance:.1e}",
@@ -111,8 +122,11 @@ def _verify(artifact: Artifact, programs: Sequence[ExportedProgram]) -> bool:
             "[green]ok[/]" if check.passed else "[red]differs[/]",
         )
     console.print(table)
-    note = "distance: relative L2 from the program in float32; beside it what last bits of the input, and bf16, change"
-    console.print(note, highlight=False)
+    console.print(
+        "equal codes: largest difference from the program in float32 where both quantize alike\n"
+        "distance: relative L2 from it as it is; beside it what last bits of the input, and bf16, change",
+        highlight=False,
+    )
     return all(check.passed for check in checks)
 
 
