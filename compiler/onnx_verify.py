@@ -45,6 +45,8 @@ from hif4c.runtime.safetensors_stream import TensorFile
 
 __all__ = ["PROGRAM_ERROR", "OnnxCheck", "linear_tolerance", "verify_onnx"]
 
+Planes = tuple[torch.Tensor, torch.Tensor]
+
 # Where nothing is quantized on the way: the largest difference over the largest value. Some 10^2 operators a block add
 # roundings of 2^-24 of their values; 1e-6 to 2e-6 were seen in models of 2 to 40 blocks, an operator that is wrong is
 # far beyond.
@@ -163,22 +165,27 @@ class _Check:
     def run(self, file: OnnxFile) -> OnnxCheck:
         """Everything that is compared."""
         differ, errors = self._linears_alone()
-        quantized: dict[str, torch.Tensor] = {}
+        quantized: dict[str, Planes] = {}
         expected = self._reference(quantized)
-        found = self._run(with_outputs(self._model, quantized), {})
-        flips = sum(int((found.pop(name).view(value.shape) != value).sum()) for name, value in quantized.items())
-        off = (
-            self._forced(quantized, expected)
-            if quantized
-            else {"sample": _largest(found["sample"], expected["sample"])}
-        )
+        sample, flips, activations = self._as_it_is(quantized)
+        off = self._forced(quantized, expected) if quantized else {"sample": _largest(sample, expected["sample"])}
         worst, worst_value = (max(items, key=lambda name: items[name], default="") for items in (errors, off))
         return OnnxCheck(
-            file.path, file.expert, file.variant, len(errors), differ, errors.get(worst, 0.0), worst,
-            off[worst_value], worst_value, _distance(found["sample"], expected["sample"]),
-            _distance(found["sample"], self._golden.read("sample")), flips,
-            sum(value.numel() for value in quantized.values()), float(self._golden.read("flip_distance")),
-        )  # fmt: skip
+            path=file.path,
+            expert=file.expert,
+            variant=file.variant,
+            linears=len(errors),
+            codes_differ=differ,
+            linear_error=errors.get(worst, 0.0),
+            worst=worst,
+            program_error=off[worst_value],
+            worst_value=worst_value,
+            distance=_distance(sample, expected["sample"]),
+            recorded=_distance(sample, self._golden.read("sample")),
+            flips=flips,
+            activations=activations,
+            flip_distance=float(self._golden.read("flip_distance")),
+        )
 
     def _linears_alone(self) -> tuple[int, dict[str, float]]:
         """Bytes of quantized rows that differ, and by path the error of each linear over its tolerance."""
@@ -198,8 +205,7 @@ class _Check:
             planes = quantize(row[: part.channels], *self._mask(part.node))
             for plane, ending in zip(planes, (CODES, SCALES), strict=True):
                 differ += int((found[name + ending].flatten() != plane.flatten()).sum())
-            values = dequantize(*planes, 2 * planes[0].shape[-1], torch.float32)
-            differ += int((found[part.values].flatten() != values).sum())
+            differ += int((found[part.values].flatten() != _decoded(planes)).sum())
         errors = {}
         for part in self._linears:
             error = _distance(found[part.result].flatten(), self._alone(part, row))
@@ -221,7 +227,7 @@ class _Check:
         self._weights.release()
         return found.flatten()
 
-    def _reference(self, quantized: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _reference(self, quantized: dict[str, Planes]) -> dict[str, torch.Tensor]:
         """Values of the program in float32 by their names in the file: what comes to quantizers, and "sample".
 
         What they make of it goes into `quantized`.
@@ -234,15 +240,26 @@ class _Check:
                 x = norm(*arguments[:at]) if at > 1 else arguments[0]
                 mask, hadamard = (*arguments[at:], None, 0)[:2] if len(arguments) > at else (None, 0)
                 expected[part.rows] = masked_and_rotated(x, mask, hadamard)
-                quantized[part.values] = dequantize(*result, 2 * result[0].shape[-1], torch.float32)
+                quantized[part.values] = result
 
         executor = float32_executor(self._graph, self._weights)
         (expected["sample"],) = executor.visit(list(self._inputs.values()), keep)
         return expected
 
-    def _forced(self, quantized: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    def _as_it_is(self, quantized: Mapping[str, Planes]) -> tuple[torch.Tensor, int, int]:
+        """The output; activations whose quantized value is not that of the reference's planes, and all there are."""
+        found = self._run(with_outputs(self._model, quantized), {})
+        flips = activations = 0
+        for name, planes in quantized.items():
+            value = _decoded(planes)
+            flips += int((found.pop(name).view(value.shape) != value).sum())
+            activations += value.numel()
+        return found["sample"].clone(), flips, activations  # an output itself would keep the session's memory
+
+    def _forced(self, quantized: Mapping[str, Planes], expected: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """The differences from what is expected, with these in place of the file's own quantized activations."""
-        feeds = {name: value if value.dim() == 3 else value[None] for name, value in quantized.items()}
+        feeds = {name: _decoded(planes) for name, planes in quantized.items()}
+        feeds = {name: value if value.dim() == 3 else value[None] for name, value in feeds.items()}
         model = cut_model(self._model, {name: value.shape for name, value in feeds.items()}, expected)
         found = self._run(model, {CUT + name: value for name, value in feeds.items()})
         paths = {part.rows: part.node.module for part in self._quantizers.values()}
@@ -269,6 +286,12 @@ class _Check:
         if isinstance(value, Ref):
             return self._weights[self._graph.tensors[value.index - len(self._graph.inputs)].name]
         return value
+
+
+def _decoded(planes: Planes) -> torch.Tensor:
+    """The values [..., Kp] float32 of planes."""
+    codes, scales = planes
+    return dequantize(codes, scales, 2 * codes.shape[-1], torch.float32)
 
 
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -31,8 +31,12 @@ def make_session(path: Path, providers: Sequence[str] = CPU, session_options: An
 
 
 def make_session_of_part(model: bytes, path: Path, providers: Sequence[str] = CPU) -> Any:
-    """A session of a serialized model whose external data are where those of the file `path` are."""
+    """A session of a serialized model whose external data are where those of the file `path` are.
+
+    It gives memory back as soon as it can: for a single run, an arena would only keep the most of everything.
+    """
     options = _onnxruntime().SessionOptions()
+    options.enable_cpu_mem_arena = False
     options.add_session_config_entry(_FOLDER, str(path.parent))
     return _make(model, providers, options, path)
 
