@@ -61,6 +61,13 @@ def inspect(
         return
     if calibration is not None and html is None:
         raise Hif4Error(f"--calibration {calibration} is for the report; add --html FILE.")
+    if diff is not None or model_explorer is not None or html is not None:
+        printing = {"expert": expert, "block": block, "stage": stage, "variant": variant, "graph": graph or None}
+        for name, value in printing.items():
+            if value is not None:
+                raise Hif4Error(
+                    f"--{name} is for what is printed; leave it out beside --html, --model-explorer and --diff."
+                )
     opened = open_artifact(artifact)
     if diff is not None:
         _compare(open_artifact(diff), opened)
