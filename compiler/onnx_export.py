@@ -32,8 +32,8 @@ DEFAULT_OPSET = 21
 METADATA_KEY = "hif4c"
 """Of the model's metadata_props; its value is JSON, see `export_onnx`."""
 WEIGHTS = ("auto", "artifact", "copy")
-ONNX_BYTES = 32 << 20
-"""An .onnx file of a large expert, generously."""
+ONNX_BYTES, GRAPH_FACTOR = 2 << 20, 16
+"""An .onnx file takes so many bytes for functions and tables, and so many for each byte of graph.json, generously."""
 CHUNK = 16 << 20
 
 Events = Callable[[str, Any], None]
@@ -105,7 +105,7 @@ def export_onnx(
     copied = _resolve_weights(artifact, output, weights)
     new_files = [*paths.values(), *(path for files in data.values() if copied for path in files.copies)]
     _check_output(output, new_files)
-    needs = {"programs": len(programs) * ONNX_BYTES}
+    needs = {"programs": sum(ONNX_BYTES + GRAPH_FACTOR * _graph_bytes(artifact, *program) for program in programs)}
     if copied:
         needs["weights"] = sum(files.nbytes for files in data.values())
     check_disk(output, needs, doing="exporting")
@@ -144,6 +144,11 @@ def _require_onnx() -> None:
         import onnx  # noqa: F401
     except ModuleNotFoundError:
         raise Hif4Error("export to ONNX needs the package onnx; install it with: pip install 'hif4c[onnx]'.") from None
+
+
+def _graph_bytes(artifact: Artifact, expert: str, variant: str | None) -> int:
+    name = "graph.json" if variant is None else f"graph.{variant}.json"
+    return artifact.files[f"{expert}/{name}"][0] if f"{expert}/{name}" in artifact.files else 0
 
 
 def _program_paths(output: Path, programs: Sequence[tuple[str, str | None]]) -> dict[tuple[str, str | None], Path]:

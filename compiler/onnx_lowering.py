@@ -141,7 +141,7 @@ class _Lowering:
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}"
                 raise _LoweringError(
-                    f"{node.target} of {node.module or 'the model'} has no form in ONNX ({reason})"
+                    f"{node.target} of {plain(node.module) or 'the model'} has no form in ONNX ({reason})"
                 ) from error
         outputs = self._outputs()
         g.constants.update(onnx_functions.tables(g.functions))

@@ -338,7 +338,7 @@ def test_every_operator_has_a_lowering_and_a_case() -> None:
     ("name", "opset", "qdq"),
     [
         *((name, MAX_OPSET, False) for name in CASES),
-        *((name, MIN_OPSET, True) for name in CASES if name.startswith("hif4.")),
+        *((name, MIN_OPSET, True) for name in CASES if name.startswith(("hif4.", "aten.rms", "aten.scaled"))),
     ],
 )
 def test_operators(name: str, opset: int, qdq: bool, portable: None) -> None:
