@@ -21,6 +21,7 @@ from hif4c.runtime.graph import DTYPES, TARGETS, Ref, TensorType
 from hif4c.runtime.ops import _SCHEMAS
 from hif4c.runtime.safetensors_stream import TensorFile
 from tests.support import independent_reader as reader
+from tests.support.checkpoints import write_diffusers_model
 
 PAGE = (Path(__file__).parents[2] / "docs" / "artifact.md").read_text(encoding="utf-8")
 RECIPE = """
@@ -35,22 +36,20 @@ bf16_steps = 0.5
 
 
 @pytest.fixture(scope="module")
-def rich(models, captures, quick_compile, inputs, tmp_path_factory):
+def rich(captures, quick_compile, inputs, tmp_path_factory):
     """An artifact of all that there can be: shifts, masks, rotation, both parts of side branches, a second program."""
     folder = tmp_path_factory.mktemp("rich")
+    write_diffusers_model(folder / "model", "t2v", experts=1)
     calls = []
     for seed, timestep in ((11, 900.0), (12, 100.0)):
-        video, _, text = inputs(batch=1, seed=seed)
+        video, _, text = inputs(batch=1, frames=1, seed=seed)
         calls.append(Call(video, torch.full((1,), timestep), text))
     path = folder / "calibration.safetensors"
     with mock.patch.object(calibrate_module, "capture", captures):
         run = {"source": "trajectory", "prompts": ["a"], "timesteps": [900.0, 100.0], "seed": 0}
-        calibrate(
-            locate_model(str(models["t2v"].directory)), {"transformer": calls, "transformer_2": calls}, path, [run]
-        )
+        calibrate(locate_model(str(folder / "model")), {"transformer": calls}, path, [run])
     (folder / "rich.toml").write_text(RECIPE)
-    recipe = {"transformer": str(folder / "rich.toml")}
-    return quick_compile(models["t2v"].directory, folder / "rich.hif4", recipe, calibration=path)
+    return quick_compile(folder / "model", folder / "rich.hif4", str(folder / "rich.toml"), calibration=path)
 
 
 @pytest.fixture(params=["rich", "wan_tiny_artifact"])
