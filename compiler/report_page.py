@@ -15,7 +15,7 @@ from typing import Any
 
 from hif4c.compiler.amounts import format_bytes
 from hif4c.compiler.calibration import Calibration
-from hif4c.compiler.report_layout import Layout, lay_out
+from hif4c.compiler.report_layout import lay_out
 from hif4c.compiler.report_numbers import ArtifactNumbers, ExpertNumbers, artifact_numbers, to_json
 from hif4c.runtime.artifact import Artifact
 from hif4c.runtime.errors import Hif4Error
@@ -105,13 +105,14 @@ def render_page(content: PageContent) -> str:
 
     numbers = content.numbers
     plots = make_plots(numbers)
+    programs, forms = _with_forms(content.programs)
     data = {
-        "numbers": json.loads(to_json(numbers.experts)),
-        "programs": _with_layouts(content.programs),
+        "numbers": {"experts": json.loads(to_json(numbers.experts))},
+        "programs": programs,
+        "forms": forms,
         "colours": kind_colours(numbers),
         "expert_colours": EXPERT_COLOURS,
     }
-    data["numbers"] = {"experts": data["numbers"]}
     scripts = [*Resources(mode="inline", components=["bokeh"]).js_raw]
     scripts += [(_WEB / name).read_text(encoding="utf-8") for name in _SCRIPTS]
     environment = jinja2.Environment(
@@ -139,20 +140,21 @@ def render_page(content: PageContent) -> str:
     )
 
 
-def _with_layouts(programs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The programs, each structure with its drawing; structures of the same form share the work."""
-    known: dict[tuple[int, tuple[tuple[int, int], ...]], Layout] = {}
+def _with_forms(programs: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The programs, whose structures say their form by its number, and the forms: edges and drawing.
+
+    Blocks that differ in a mask or a name, and programs before and after a mark, have one form: it is drawn once.
+    """
+    number: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
     result = []
     for program in programs:
         structures = []
         for structure in program["structures"]:
-            edges = tuple((start, end) for start, end in structure["edges"])
-            key = (len(structure["nodes"]), edges)
-            if key not in known:
-                known[key] = lay_out(*key)
-            structures.append({**structure, "layout": vars(known[key])})
+            key = (len(structure["nodes"]), tuple((start, end) for start, end in structure["edges"]))
+            form = number.setdefault(key, len(number))
+            structures.append({"nodes": structure["nodes"], "inputs": structure["inputs"], "form": form})
         result.append({**program, "structures": structures})
-    return result
+    return result, [{"edges": edges, "layout": vars(lay_out(nodes, edges))} for nodes, edges in number]
 
 
 def _left_out(programs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:

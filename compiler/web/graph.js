@@ -12,8 +12,8 @@ const edges = { page: null };
 const program = () => report.programs[view.expert];
 const step = () => program().passes[view.step];
 const isPass = () => !["captured", "graph.json", "relax_activations"].includes(step().name);
-/** The step that a stored program or a pass is compared with. */
 const structure = (region, at = view.step) => program().structures[program().passes[at]?.blocks[region]];
+const formOf = (found) => report.forms[found.form];
 const nodesOf = (found) => (found ? found.nodes.map((index) => program().nodes[index]) : []);
 const modulePath = (region, node) => [region === "outside" ? "" : region, node.module].filter(Boolean).join(".");
 const line = (node) => `${node.name} = ${node.target}(${node.args})${node.type ? ` : ${node.type}` : ""}${node.marks ? `  # ${node.marks}` : ""}`;
@@ -119,7 +119,7 @@ async function draw() {
     sheet.replaceChildren(edges.place);
     return;
   }
-  const { x, y, routes, columns, layers } = found.layout;
+  const { x, y, routes, columns, layers } = formOf(found).layout;
   const width = Math.ceil(2 * MARGIN + columns * COLUMN + NODE.width), height = 2 * MARGIN + (layers - 1) * LAYER + NODE.height;
   sheet.style.width = `${width}px`;
   sheet.style.height = `${height}px`;
@@ -147,7 +147,7 @@ async function draw() {
   mark();
   const isChosen = (index) => nodes[index].name === view.node;
   const data = Object.fromEntries(["x0", "y0", "x1", "y1", "cx0", "cy0", "cx1", "cy1", "colour", "width"].map((name) => [name, []]));
-  found.edges.forEach(([from, to], index) => {
+  formOf(found).edges.forEach(([from, to], index) => {
     const active = isChosen(from) || isChosen(to);
     const points = [[middle(x[from]), top(y[from]) + (isSmall(from) ? 29 : NODE.height)]];
     routes[index].forEach((column, passed) => {
@@ -250,7 +250,7 @@ function detail() {
   const path = modulePath(view.region, node), linear = linears.get(path)?.[view.expert];
   const found = shown(), place = nodesOf(found).findIndex((other) => other.name === node.name);
   const jump = (other) => element("div", {}, element("button", { class: "link", text: `${other.name} ${other.label}`, on: { click: () => { pick(other); reveal(); } } }));
-  const around = (from, to) => (place < 0 ? [] : found.edges.filter((edge) => edge[to] === place).map((edge) => jump(program().nodes[found.nodes[edge[from]]])));
+  const around = (from, to) => (place < 0 ? [] : formOf(found).edges.filter((edge) => edge[to] === place).map((edge) => jump(program().nodes[found.nodes[edge[from]]])));
   const foreign = node.inputs.map((name) => {
     const input = found?.inputs.find(([known]) => known === name);
     return code(input ? `${input[0]} : ${input[1]}${input[2] ? `\n  made by ${input[2]}` : ""}` : name);
