@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,8 +87,9 @@ def export_onnx(
         output: a path that ends in .onnx, in a folder that is there.
         experts: only these; None for all.
         opset: of ONNX's default domain, `MIN_OPSET` to `MAX_OPSET`.
-        weights: "artifact": external data are the artifact's own files, which must lie below the output's folder, as
-            ONNX demands. "copy": they are copied beside the output. "auto": the first where it is possible.
+        weights: "artifact": external data are the artifact's own files, which must lie below the output's folder and
+            have no other hard links, as ONNX demands. "copy": they are copied beside the output. "auto": the first
+            where it is possible.
         qdq: keep Quantize and Dequantize apart, with the 4-bit planes between them, instead of one node.
         on_event: see `tools.console.Reporter`.
 
@@ -102,7 +103,7 @@ def export_onnx(
     programs = [(name, variant) for name in chosen for variant in (None, *artifact.variants(name))]
     paths = _program_paths(output, programs)
     data = {name: _DataFiles(artifact, name, output, len(programs) == 1) for name in chosen}
-    copied = _resolve_weights(artifact, output, weights)
+    copied = _resolve_weights(artifact, output, weights, data.values())
     new_files = [*paths.values(), *(path for files in data.values() if copied for path in files.copies)]
     _check_output(output, new_files)
     needs = {"programs": sum(ONNX_BYTES + GRAPH_FACTOR * _graph_bytes(artifact, *program) for program in programs)}
@@ -163,7 +164,7 @@ def _program_paths(output: Path, programs: Sequence[tuple[str, str | None]]) -> 
     }
 
 
-def _resolve_weights(artifact: Artifact, output: Path, weights: str) -> bool:
+def _resolve_weights(artifact: Artifact, output: Path, weights: str, data: Iterable[_DataFiles]) -> bool:
     """Whether weights are copied."""
     if weights not in WEIGHTS:
         raise Hif4Error(f"--weights {weights}: is none of {', '.join(WEIGHTS)}.")
@@ -173,7 +174,12 @@ def _resolve_weights(artifact: Artifact, output: Path, weights: str) -> bool:
             f"{artifact.root}: does not lie below {output.parent}, and ONNX finds weights only below its file's "
             "folder; write the .onnx beside the artifact, or copy them with --weights copy."
         )
-    return weights == "copy" or not below
+    linked = [path for files in data for path in files.paths if path.stat().st_nlink > 1]
+    if weights == "artifact" and linked:
+        raise Hif4Error(
+            f"{linked[0]}: has several hard links, and ONNX refuses such files; copy the weights with --weights copy."
+        )
+    return weights == "copy" or not below or bool(linked)
 
 
 def _check_output(output: Path, new_files: Sequence[Path]) -> None:
@@ -230,13 +236,17 @@ class _DataFiles:
         self.copies = [output.with_name(f"{base}{ending}.safetensors") for ending in endings[:count]]
 
     @property
+    def paths(self) -> list[Path]:
+        return [self.artifact.path(name) for name in self.names]
+
+    @property
     def nbytes(self) -> int:
         return sum(self.artifact.files[name][0] for name in self.names)
 
     def copy(self, made: _NewFiles, on_event: Events) -> None:
         """Copy them, byte for byte."""
-        for name, target in zip(self.names, self.copies, strict=True):
-            with open(self.artifact.path(name), "rb") as source, made.open(target) as file:
+        for path, target in zip(self.paths, self.copies, strict=True):
+            with open(path, "rb") as source, made.open(target) as file:
                 while data := source.read(CHUNK):
                     made.write(file, data, target)
                     on_event("bytes", len(data))

@@ -337,6 +337,18 @@ def test_weights_that_onnx_cannot_reach(artifacts, refusal, tmp_path):
     )
 
 
+def test_weights_with_several_hard_links(beside, refusal, tmp_path):
+    """Nor do ONNX and onnxruntime take such files."""
+    artifact = beside()
+    weights = artifact / "transformer_2" / "weights.safetensors"
+    os.link(weights, tmp_path / "another name")
+    assert refusal(artifact, weights="artifact") == (
+        f"{weights}: has several hard links, and ONNX refuses such files; copy the weights with --weights copy."
+    )
+    assert export(artifact, tmp_path / "m.onnx", experts=["transformer"])[0].data[0][0].startswith("out.hif4/")
+    assert export(artifact, tmp_path / "n.onnx", experts=["transformer_2"])[0].data[0][0] == "n.safetensors"
+
+
 def test_a_disk_that_is_too_small(beside, refusal, monkeypatch, tmp_path):
     """Known before anything is read or written."""
     artifact = beside()
