@@ -51,6 +51,7 @@ class OnnxTransformer(nn.Module):
         self.expand_timesteps = main.expand_timesteps
         self.bf16_timesteps = main.bf16_timesteps
         self.expert = main.expert
+        self.path = main.path
         self.model = main.model
         self._providers = tuple(providers)
         self._session_options = session_options

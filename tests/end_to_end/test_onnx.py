@@ -1,5 +1,7 @@
 """Exported programs in stock onnxruntime against the runtime: single calls, and clips of wan-tiny."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -87,6 +89,18 @@ def test_a_file_of_weights_that_is_missing_or_short(exported, tmp_path, artifact
     data.unlink()
     with pytest.raises(Hif4Error, match=rf"{data.name}: is missing"):
         OnnxTransformer(program.path)
+
+
+def test_the_example_of_the_docs_runs_in_stock_onnxruntime(exported, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "onnx.md").read_text()
+    example = text.split("```python\n")[1].split("```")[0]
+    assert "hif4c." not in example
+    _, model = exported("t2v", "rtn")
+    example = example.replace("model.transformer.onnx", model.path.name)
+    monkeypatch.chdir(model.path.parent)
+    values = {}
+    exec(compile(example, "docs/onnx.md", "exec"), values)
+    assert values["sample"].shape == values["inputs"]["hidden_states"].shape
 
 
 @pytest.fixture(scope="module")
