@@ -4,13 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help bench demo test test-slow lint types unit clean
+.PHONY: help bench demo docs test test-slow lint types unit clean
 
 help:
 	@echo "make demo       compile wan-tiny, verify, sample from the original and from the artifact, compare"
 	@echo "make test       lint, types, tests"
 	@echo "make test-slow  the slow proofs as well"
 	@echo "make bench      time linears and denoising steps beside torch's and diffusers'"
+	@echo "make docs       write the pages of docs/ that are made from the code"
 	@echo "make clean      remove the virtual environment and everything built"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -24,6 +25,10 @@ demo: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python tools/bench.py linear --threads 1,2 -o bench/linear.json --markdown bench/linear.md --plot bench/linear.png
 	$(BIN)/python tools/bench.py step --latent 5x24x52,20x24x52 -o bench/step.json --markdown bench/step.md --plot bench/step.png
+
+docs: $(STAMP)
+	$(BIN)/python tools/make_docs.py passes
+	$(BIN)/python tools/make_docs.py api
 
 test: lint types unit
 

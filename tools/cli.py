@@ -38,6 +38,10 @@ A first round, with the small model that ships with hif4c:
 
   hif4c evaluate tiny.hif4 --against wan-tiny
 
+  hif4c inspect tiny.hif4 --html report.html     what became of every linear and block, as a page
+
+  hif4c export-onnx tiny.hif4 -o model.onnx      for stock onnxruntime, the weights still in 4 bits
+
 An artifact that was compiled elsewhere brings kernels for its targets, which run once you trust them:
 
   hif4c compile MODEL --target cpu,cuda-sm89 -o OUT
