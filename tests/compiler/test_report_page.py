@@ -15,7 +15,7 @@ from hif4c.compiler.report_page import PageContent, render_page, write_report_pa
 from hif4c.runtime.artifact import open_artifact
 from hif4c.runtime.errors import Hif4Error
 from hif4c.tools.cli import app
-from tests.support.browser import console_errors, open_browser, requested_urls
+from tests.support.browser import click, console_errors, count, open_browser, requested_urls, text_of, visit, wait
 
 RECIPE = """
 description = "</script><img src=x onerror=window.hacked=1> & \\"quoted\\""
@@ -82,15 +82,6 @@ def opened(browser, page):
     return visit(browser, page)
 
 
-def visit(browser, page):
-    """The page as if opened for the first time; what the browser said before is forgotten."""
-    browser.get("about:blank")
-    for kind in ("browser", "performance"):
-        browser.get_log(kind)
-    browser.get(page.as_uri())
-    return browser
-
-
 def deep(content):
     """The same model with 40 blocks, twice: what is in block 1 stands for all that follow."""
     path = re.compile(r"^blocks\.1\.")
@@ -125,30 +116,6 @@ def deep(content):
         [program, {**program, "expert": "transformer_2"}],
         content.calibrated,
     )
-
-
-def text_of(browser, selector):
-    return browser.execute_script("return document.querySelector(arguments[0]).innerText", selector)
-
-
-def count(browser, selector):
-    return browser.execute_script("return document.querySelectorAll(arguments[0]).length", selector)
-
-
-def click(browser, selector):
-    browser.execute_script(
-        "document.querySelector(arguments[0]).scrollIntoView({block: 'center', behavior: 'instant'})", selector
-    )
-    browser.find_element("css selector", selector).click()
-
-
-def wait(browser, condition, *arguments):
-    """Until a JavaScript expression holds; fails after some seconds."""
-    for _ in range(100):
-        if browser.execute_script(f"return {condition}", *arguments):
-            return
-        time.sleep(0.05)
-    pytest.fail(f"never came true: {condition}")
 
 
 def show_pass(browser, name):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["console_errors", "open_browser", "requested_urls"]
+__all__ = ["click", "console_errors", "count", "open_browser", "requested_urls", "text_of", "visit", "wait"]
 
 REQUIRED = "HIF4C_REQUIRE_BROWSER"
 """Environment variable: a missing browser fails a test instead of skipping it."""
@@ -62,8 +63,44 @@ def console_errors(driver: Any) -> list[str]:
 
 
 def requested_urls(driver: Any, page: Path) -> list[str]:
-    """What the page asked for since the last call beside itself , what stands in it, and the browser's own pages."""
+    """What the page asked for since the last call beside itself, what stands in it, and the browser's own pages."""
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     urls = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
     own = page.resolve().as_uri()
     return [url for url in urls if url.split("#")[0] != own and not url.startswith(("data:", "blob:", "chrome:"))]
+
+
+def visit(browser: Any, page: Path) -> Any:
+    """The page as if opened for the first time; what the browser said before is forgotten."""
+    browser.get("about:blank")
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    browser.get(page.as_uri())
+    return browser
+
+
+def text_of(browser: Any, selector: str) -> str:
+    """What a person reads in an element."""
+    return browser.execute_script("return document.querySelector(arguments[0]).innerText", selector)
+
+
+def count(browser: Any, selector: str) -> int:
+    """How many elements there are."""
+    return browser.execute_script("return document.querySelectorAll(arguments[0]).length", selector)
+
+
+def click(browser: Any, selector: str) -> None:
+    """As a person would: what is covered or hidden cannot be clicked."""
+    browser.execute_script(
+        "document.querySelector(arguments[0]).scrollIntoView({block: 'center', behavior: 'instant'})", selector
+    )
+    browser.find_element("css selector", selector).click()
+
+
+def wait(browser: Any, condition: str, *arguments: Any) -> None:
+    """Until a JavaScript expression holds; fails after some seconds."""
+    for _ in range(100):
+        if browser.execute_script(f"return {condition}", *arguments):
+            return
+        time.sleep(0.05)
+    pytest.fail(f"never came true: {condition}")
