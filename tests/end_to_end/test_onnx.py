@@ -17,6 +17,8 @@ from hif4c.runtime.onnx_pipeline import load_onnx_pipeline
 from hif4c.runtime.onnx_transformer import OnnxTransformer
 from hif4c.runtime.pipeline import load_pipeline
 from hif4c.runtime.sampling import SamplingSettings
+from hif4c.tools.console import console
+from hif4c.tools.sample_onnx import sample_onnx
 
 # None of them is a size with which the model was traced or its golden inputs were made.
 SHAPES = [
@@ -104,23 +106,32 @@ def test_the_example_of_the_docs_runs_in_stock_onnxruntime(exported, monkeypatch
 
 
 @pytest.fixture(scope="module")
-def tiny_pipelines(wan_tiny_artifact, tmp_path_factory):
-    """wan-tiny with 4-bit weights and activations: the runtime's pipeline, and onnxruntime's."""
-    artifact = open_artifact(wan_tiny_artifact)
-    programs = export_onnx(artifact, tmp_path_factory.mktemp("onnx") / "model.onnx")
-    return load_pipeline(wan_tiny_artifact), load_onnx_pipeline(wan_tiny_artifact, [item.path for item in programs])
+def tiny_files(wan_tiny_artifact, tmp_path_factory):
+    """wan-tiny with 4-bit weights and activations as .onnx files."""
+    output = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    return [item.path for item in export_onnx(open_artifact(wan_tiny_artifact), output)]
 
 
-def test_a_clip_sampled_through_onnxruntime_shows_the_same(tiny_pipelines):
+def test_a_clip_sampled_through_onnxruntime_shows_the_same(wan_tiny_artifact, tiny_files):
     """A few steps of both experts: that is enough for the scorer to see what was asked for."""
     ((prompt, attributes),) = held_out_prompts(1)
     settings = SamplingSettings(height=32, width=32, frames=9, steps=8, guidance=5.0, text_tokens=32)
-    (expected,), (found,) = (sample_clips(pipeline, [prompt], settings) for pipeline in tiny_pipelines)
+    pipelines = load_pipeline(wan_tiny_artifact), load_onnx_pipeline(wan_tiny_artifact, tiny_files)
+    (expected,), (found,) = (sample_clips(pipeline, [prompt], settings) for pipeline in pipelines)
     scores = score_clips([expected], [attributes]), score_clips([found], [attributes])
     for axis in ("shape", "colour", "background", "direction"):
         assert scores[0][axis] == scores[1][axis] == 1.0, axis
     # Float32 in place of bf16 moves latents by as much: 12 dB in 20 steps. Those of another prompt are near 0 dB.
     assert latent_snr(expected.latents, found.latents) > 6
+
+
+def test_the_example_script_writes_a_clip(wan_tiny_artifact, tiny_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "quiet", True)
+    output = tmp_path / "clip.mp4"
+    sample_onnx(wan_tiny_artifact, tiny_files[::-1], "a red circle", output, steps=2, size="16x16", frames=1)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".mp4", ".gif", ".png"}
+    with pytest.raises(Hif4Error, match=r"lack transformer; a pipeline needs every expert"):
+        sample_onnx(wan_tiny_artifact, tiny_files[1:], "a red circle", output)
 
 
 @pytest.mark.slow
