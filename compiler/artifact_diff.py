@@ -210,9 +210,11 @@ class _Pair:
 
     def _mask_ratio(self, first: LinearNumbers, second: LinearNumbers) -> float | None:
         """How far apart two stored masks are; None where they are equal or one of them is not stored."""
+        if first.mask is None or second.mask is None:
+            return None
         if first.mask not in self.stores[0] or second.mask not in self.stores[1]:
             return None
-        key = (str(first.mask), str(second.mask))
+        key = (first.mask, second.mask)
         if key not in self.ratios:
             one, two = (store.place(name).read(name).double() for store, name in zip(self.stores, key, strict=True))
             ratio = 1.0

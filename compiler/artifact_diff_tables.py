@@ -135,7 +135,7 @@ def _linears(changed: Sequence[LinearDifference]) -> list[tuple[str, ...]]:
         ratios = [linear.mask_ratio if name == "mask" else None for linear in changed]
         if len(set(changes)) > 1 or any(ratios):
             columns[name] = [
-                " ".join(filter(None, (change and _arrow(change), ratio and _ratio(ratio))))
+                " ".join([*([_arrow(change)] if change else []), *([_ratio(ratio)] if ratio else [])])
                 for change, ratio in zip(changes, ratios, strict=True)
             ]
     columns["bytes"] = ["" if linear.bytes is None else "{:,} -> {:,}".format(*linear.bytes) for linear in changed]

@@ -294,8 +294,7 @@ def _heat_map(expert: ExpertNumbers, brightest: float) -> Figure | None:
     }
     rows = plot.hbar("y", 1, 100, 0, source=data, fill_alpha=0, line_alpha=0)
     _hover(plot, [rows], ("", "@name"), ("worst channel", "@worst"))
-    firsts = {group.block: index for index, group in reversed(list(enumerate(groups)))}
-    firsts = {block: index for block, index in firsts.items() if block is not None}
+    firsts = {group.block: index for index, group in reversed(list(enumerate(groups))) if group.block is not None}
     step = max(1, len(firsts) // 12)
     shown = {index: f"block {block}" for block, index in sorted(firsts.items()) if block % step == 0}
     plot.yaxis.ticker = FixedTicker(ticks=list(shown))
