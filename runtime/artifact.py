@@ -19,6 +19,7 @@ import torch
 from hif4c.runtime.components import EXPERT_NAMES, PIPELINE_CLASSES, is_artifact_file
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.graph import DTYPES, Graph, InputType, decode
+from hif4c.runtime.manifest_entries import check_expert, check_linears, check_manifest, shown
 from hif4c.runtime.stored_weights import StoredWeights
 
 __all__ = [
@@ -194,6 +195,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
         raise Hif4Error(f"{manifest_path}: is larger than {MAX_MANIFEST_BYTES} bytes, which no manifest is.")
     manifest = _read_manifest(manifest_path)
     try:
+        check_manifest(manifest)
         experts = {
             name: _expert(name, manifest["experts"][name]) for name in EXPERT_NAMES if name in manifest["experts"]
         }
@@ -205,7 +207,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
             raise ValueError("its model does not fit its experts")
         if model["pipeline_class"] not in PIPELINE_CLASSES:
             raise ValueError("its pipeline class is not known")
-        _ = (model["source"], model["sampling"])
+        _ = model["sampling"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise Hif4Error(f"{manifest_path}: does not have the structure of a manifest ({reason}).") from None
@@ -272,6 +274,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _expert(name: str, entry: Mapping[str, Any]) -> ExpertInfo:
+    check_expert(entry)
+    check_linears(entry["linears"])
     return ExpertInfo(
         name,
         dict(entry["config"]),
@@ -291,21 +295,15 @@ def timestep_ranges(value: Any) -> tuple[tuple[float, float], ...]:
     last = -math.inf
     for item in value:
         if not isinstance(item, list) or len(item) != 2 or any(type(end) not in (int, float) for end in item):
-            raise TypeError(f"in bf16_timesteps, {_shown(item)} is not a pair of numbers")
+            raise TypeError(f"in bf16_timesteps, {shown(item)} is not a pair of numbers")
         low, high = item
         if not 0 <= low <= high <= MAX_TIMESTEP:
-            raise ValueError(f"in bf16_timesteps, {_shown(item)} is not a range in 0 to {MAX_TIMESTEP:g}")
+            raise ValueError(f"in bf16_timesteps, {shown(item)} is not a range in 0 to {MAX_TIMESTEP:g}")
         if not low > last:
-            raise ValueError(f"in bf16_timesteps, {_shown(item)} does not lie above the range before it")
+            raise ValueError(f"in bf16_timesteps, {shown(item)} does not lie above the range before it")
         ranges.append((float(low), float(high)))
         last = high
     return tuple(ranges)
-
-
-def _shown(value: Any) -> str:
-    """What stands in the manifest, cut where a sentence would become a page."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + "..."
 
 
 def _confined(name: str) -> str:

@@ -29,9 +29,14 @@ FLIPS_A_FILE = 12
 
 
 @pytest.fixture
-def artifact(artifacts, tmp_path):
+def rtn(artifacts):
+    return artifacts("t2v", "rtn")
+
+
+@pytest.fixture
+def artifact(rtn, tmp_path):
     """A copy to be damaged."""
-    return shutil.copytree(artifacts("t2v", "rtn"), tmp_path / "artifact")
+    return shutil.copytree(rtn, tmp_path / "artifact")
 
 
 def refusal(path, expert="transformer"):
@@ -260,6 +265,100 @@ def test_a_format_version_that_is_no_number(artifact, version):
 def test_manifests_of_another_structure(artifact, change):
     forge(artifact, change)
     assert str(artifact) in refusal(artifact)
+
+
+def linear(**values):
+    return lambda manifest: manifest["experts"]["transformer_2"]["linears"][7].update(values)
+
+
+def expert(**values):
+    return lambda manifest: manifest["experts"]["transformer_2"].update(values)
+
+
+def lora(**values):
+    return expert(loras=[{"file": "a", "sha256": "0", "scale": 1, "tensors": 2} | values])
+
+
+def without(*path):
+    def change(manifest):
+        *places, key = path
+        for place in places:
+            manifest = manifest[place]
+        del manifest[key]
+
+    return change
+
+
+LINEAR = ("experts", "transformer_2", "linears", 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        *((without(*LINEAR, name), f"has no {name}") for name in (
+            "path", "precision", "reason", "in_features", "out_features", "mask", "hadamard")),
+        (linear(path="blocks.0.attn1.to_q"), "two linears have the same path"),
+        (linear(path=["a"]), "path of the linear"),
+        (linear(precision="w2"), 'precision of the linear "blocks.0.attn1.to_v" cannot be "w2"'),
+        (linear(reason=None), "reason of the linear"),
+        (linear(in_features="128"), 'in_features of the linear "blocks.0.attn1.to_v" cannot be "128"'),
+        (linear(out_features=-1), "out_features of the linear"),
+        (linear(hadamard=True), "hadamard of the linear"),
+        (linear(mask={}), "mask of the linear"),
+        (linear(shift=[]), "shift of the linear"),
+        (linear(mask_folded=0), "mask_folded of the linear"),
+        (linear(rank=None), "rank of the linear"),
+        (linear(rounding=1), "rounding of the linear"),
+        (linear(alpha="x"), "alpha of the linear"),
+        (linear(sqnr=10**400), "sqnr of the linear"),
+        (linear(errors=3), "errors of the linear"),
+        (linear(errors={"w4a4": []}), "errors of the linear"),
+        (linear(outlier_columns=0.5), "outlier_columns of the linear"),
+        (expert(linears={"a": 1}), "linears is not a list of objects"),
+        (without("experts", "transformer_2", "recipe", "name"), "its recipe has no name"),
+        (expert(recipe=[["name", "rtn"]]), "recipe of an expert"),
+        (expert(calibration=[]), "calibration of an expert"),
+        (expert(calibration={"sha256": "0"}), "its calibration has no runs"),
+        (expert(calibration={"sha256": 0, "runs": []}), "sha256 of its calibration"),
+        (expert(calibration={"sha256": "0", "runs": [{"prompts": 3}]}), "prompts of a run of its calibration"),
+        (expert(step_errors=[[]]), "step_errors of an expert"),
+        (expert(loras=3), "loras of an expert"),
+        (expert(loras=[{}]), "one of its LoRAs has no file"),
+        (lora(scale="x"), "scale of one of its LoRAs"),
+        (lora(tensors=None), "tensors of one of its LoRAs"),
+        (lambda manifest: manifest.update(targets="portable"), "targets of the manifest"),
+        (lambda manifest: manifest.update(versions=[]), "versions of the manifest"),
+        (lambda manifest: manifest["model"].update(source=None), "source of its model"),
+        (lambda manifest: manifest["model"].update(boundary_ratio="x"), "boundary_ratio of its model"),
+    ],
+)  # fmt: skip
+def test_what_is_told_to_people_is_checked_where_it_is_opened(rtn, tmp_path, change, told):
+    """The summary, the report and the comparisons read it without looking."""
+    (tmp_path / "manifest.json").write_bytes((rtn / "manifest.json").read_bytes())
+    forge(tmp_path, change)
+    with pytest.raises(Hif4Error) as caught:
+        open_artifact(tmp_path)
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_what_older_versions_did_not_have(artifact):
+    """Version 1 said less of a linear, and nothing of targets."""
+    first = {"path", "precision", "reason", "mask", "hadamard", "in_features", "out_features"}
+
+    def change(manifest):
+        manifest["format_version"] = 1
+        for name in ("targets", "versions"):
+            manifest.pop(name, None)
+        for entry in manifest["experts"].values():
+            for linear in entry["linears"]:
+                for name in linear.keys() - first:
+                    del linear[name]
+
+    forge(artifact, change)
+    opened = open_artifact(artifact)
+    assert all(linear.keys() == first for linear in opened.experts["transformer"].linears)
+    load(artifact)
 
 
 @pytest.mark.parametrize(
