@@ -15,22 +15,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hif4c.compiler.disk_space import check_disk
-from hif4c.compiler.onnx_functions import MAX_OPSET, MIN_OPSET
+from hif4c.compiler.onnx_functions import MAX_OPSET, MIN_OPSET, check_opset
 from hif4c.runtime.artifact import Artifact
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.graph import DTYPE_NAMES, Graph, InputType
+from hif4c.runtime.onnx_file import INSTALL, METADATA_KEY
 from hif4c.runtime.safetensors_stream import TensorFile
+from hif4c.runtime.transformer_checks import check_shared_tensors
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
 
     from hif4c.compiler.onnx_lowering import LoweredProgram
 
-__all__ = ["DEFAULT_OPSET", "MAX_OPSET", "METADATA_KEY", "MIN_OPSET", "WEIGHTS", "ExportedProgram", "export_onnx"]
+__all__ = ["DEFAULT_OPSET", "MAX_OPSET", "MIN_OPSET", "WEIGHTS", "ExportedProgram", "export_onnx"]
 
 DEFAULT_OPSET = 21
-METADATA_KEY = "hif4c"
-"""Of the model's metadata_props; its value is JSON, see `export_onnx`."""
 WEIGHTS = ("auto", "artifact", "copy")
 ONNX_BYTES, GRAPH_FACTOR = 2 << 20, 16
 """An .onnx file takes so many bytes for functions and tables, and so many for each byte of graph.json, generously."""
@@ -97,8 +97,7 @@ def export_onnx(
         Hif4Error: the artifact does not verify, a file is there already, the disk is full, or an argument is wrong.
     """
     _require_onnx()
-    if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise Hif4Error(f"ONNX opset {opset} is not supported; choose one from {MIN_OPSET} to {MAX_OPSET}.")
+    check_opset(opset)
     chosen = [artifact.expert(name).name for name in dict.fromkeys(experts or artifact.experts)]
     programs = [(name, variant) for name in chosen for variant in (None, *artifact.variants(name))]
     paths = _program_paths(output, programs)
@@ -129,11 +128,18 @@ def export_onnx(
         found = []
         for (expert, variant), path in paths.items():
             graph = artifact.graph(expert, variant)
-            artifact.tensors(expert, graph.tensors)  # refuses a program that does not fit its tensors
+            main = graph if variant is None else artifact.graph(expert)
+            artifact.tensors(expert, main.tensors)  # refuses a program that does not fit its tensors
+            check_shared_tensors(main, graph)
             places = data[expert].places(copied)
             lowered = _lower(graph, places, artifact.root / expert, opset, qdq)
             metadata = _metadata(artifact, expert, variant, places, opset, qdq)
-            model = lowered.model(places.tensor, metadata)
+            try:
+                model = lowered.model(places.tensor, metadata)
+            except (TypeError, ValueError) as error:  # a size or a text that protobuf cannot hold
+                raise Hif4Error(
+                    f"{path}: ONNX cannot hold the program ({error}); compile the artifact again."
+                ) from error
             found.append(_write(made, model, lowered, path, expert, variant, places))
             on_event("bytes", 1)
         made.keep()
@@ -144,7 +150,7 @@ def _require_onnx() -> None:
     try:
         import onnx  # noqa: F401
     except ModuleNotFoundError:
-        raise Hif4Error("export to ONNX needs the package onnx; install it with: pip install 'hif4c[onnx]'.") from None
+        raise Hif4Error(f"export to ONNX needs the package onnx; {INSTALL}.") from None
 
 
 def _graph_bytes(artifact: Artifact, expert: str, variant: str | None) -> int:

@@ -29,7 +29,17 @@ from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.format import UNIT, quantize
 from hif4c.runtime.rotation import check_width
 
-__all__ = ["DOMAIN", "MAX_OPSET", "MIN_OPSET", "call", "functions", "hadamard", "table_nodes", "tables"]
+__all__ = [
+    "DOMAIN",
+    "MAX_OPSET",
+    "MIN_OPSET",
+    "call",
+    "check_opset",
+    "functions",
+    "hadamard",
+    "table_nodes",
+    "tables",
+]
 
 DOMAIN = "hif4"
 MIN_OPSET = 20
@@ -52,14 +62,26 @@ _TABLES = {
 _INNER = 64  # widest butterfly matrix: the higher bits of a wider rotation are a matrix on the other side
 
 
+def check_opset(opset: int) -> None:
+    """Raise Hif4Error for an opset of the default domain that is not supported, here or by the package onnx."""
+    if not MIN_OPSET <= opset <= MAX_OPSET:
+        raise Hif4Error(f"ONNX opset {opset} is not supported; choose one from {MIN_OPSET} to {MAX_OPSET}.")
+    from onnx import __version__, defs
+
+    if opset > (newest := defs.onnx_opset_version()):
+        raise Hif4Error(
+            f"ONNX opset {opset} is newer than the package onnx {__version__} knows; upgrade it, or choose one from "
+            f"{MIN_OPSET} to {newest}."
+        )
+
+
 def functions(opset: int, widths: Collection[int], *, qdq: bool) -> list[Any]:
     """FunctionProtos of domain `hif4` for a model whose default domain is at `opset`.
 
     `widths`: the Hadamard widths that occur. `qdq`: Quantize and Dequantize instead of QuantizeDequantize.
     Raises Hif4Error for an opset that is not supported or a width that is not a power of two from 2 to 1024.
     """
-    if not MIN_OPSET <= opset <= MAX_OPSET:
-        raise Hif4Error(f"ONNX opset {opset} is not supported; choose one from {MIN_OPSET} to {MAX_OPSET}.")
+    check_opset(opset)
     bodies = [_quantize(), _dequantize()] if qdq else [_quantize_dequantize()]
     bodies.append(_linear())
     bodies.extend(_hadamard(width) for width in sorted(set(widths)))

@@ -99,11 +99,7 @@ def lower_program(
     Raises:
         Hif4Error: an opset that is not supported, or a program that cannot be lowered.
     """
-    if not onnx_functions.MIN_OPSET <= opset <= onnx_functions.MAX_OPSET:
-        raise Hif4Error(
-            f"ONNX opset {opset} is not supported; choose one from {onnx_functions.MIN_OPSET} to "
-            f"{onnx_functions.MAX_OPSET}."
-        )
+    onnx_functions.check_opset(opset)
     try:
         return _Lowering(graph, opset, qdq, stored or {}).program()
     except _LoweringError as error:

@@ -21,6 +21,7 @@ from hif4c.runtime.transformer_checks import CONFIG_KEYS
 __all__ = ["INPUTS", "INSTALL", "METADATA_KEY", "OUTPUTS", "OnnxFile", "open_onnx", "read_model"]
 
 METADATA_KEY = "hif4c"
+"""Of the model's metadata_props; its value is JSON, see `hif4c.compiler.onnx_export.export_onnx`."""
 INPUTS = ("hidden_states", "timestep", "encoder_hidden_states")
 OUTPUTS = ("sample",)
 INSTALL = "install it with `pip install 'hif4c[onnx]'`"
@@ -150,11 +151,13 @@ def _external_tensors(model: Any) -> Iterator[Any]:
             graph = graphs.pop()
             attributes += [item for node in graph.node for item in node.attribute]
             tensors = [*graph.initializer]
-            tensors += [part for item in graph.sparse_initializer for part in (item.values, item.indices)]
+            sparse = [*graph.sparse_initializer]
         else:
             item = attributes.pop()
             graphs += [*item.graphs, *([item.g] if item.HasField("g") else [])]
             tensors = [item.t, *item.tensors]
+            sparse = [item.sparse_tensor, *item.sparse_tensors]
+        tensors += [part for item in sparse for part in (item.values, item.indices)]
         yield from (tensor for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL)
 
 

@@ -18,9 +18,10 @@ from onnx.external_data_helper import ExternalDataInfo
 
 from hif4c.compiler import onnx_export
 from hif4c.compiler.float32_program import float32_executor
-from hif4c.compiler.onnx_export import DEFAULT_OPSET, MAX_OPSET, METADATA_KEY, MIN_OPSET, ExportedProgram, export_onnx
+from hif4c.compiler.onnx_export import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, ExportedProgram, export_onnx
 from hif4c.runtime.artifact import open_artifact
 from hif4c.runtime.errors import Hif4Error
+from hif4c.runtime.onnx_file import METADATA_KEY
 from hif4c.runtime.safetensors_stream import StreamingWriter, TensorFile, TensorSpec
 from tests.support.forging import forge
 
@@ -297,6 +298,10 @@ def test_programs_that_do_not_fit(beside, refusal):
     assert "has no form in ONNX" in refusal(artifact)
     forge(artifact, **{"transformer/graph.json": text.replace("blocks.1.attn1.to_q.bias", "hif4.bias").encode()})
     assert "program and weights disagree about" in refusal(artifact)
+    huge = text.replace('"float32","b",1,128', f'"float32","b",1,{2**63}')
+    assert huge != text
+    forge(artifact, **{"transformer/graph.json": huge.encode()})
+    assert "ONNX cannot hold the program (Value out of range: 9223372036854775808)" in refusal(artifact)
     wrong = text.replace('"bfloat16","b","f*h*w",128', '"bfloat16","b","f*h*w",192')
     assert wrong != text
     forge(artifact, **{"transformer/graph.json": wrong.encode()})
@@ -306,6 +311,14 @@ def test_programs_that_do_not_fit(beside, refusal):
 @pytest.mark.parametrize("opset", [0, MIN_OPSET - 1, MAX_OPSET + 1])
 def test_an_opset_that_is_not_supported(opset, refusal):
     assert refusal(opset=opset) == (f"ONNX opset {opset} is not supported; choose one from {MIN_OPSET} to {MAX_OPSET}.")
+
+
+def test_an_opset_that_the_installed_onnx_does_not_know(refusal, monkeypatch):
+    monkeypatch.setattr(onnx.defs, "onnx_opset_version", lambda: 23)
+    assert refusal(opset=24) == (
+        f"ONNX opset 24 is newer than the package onnx {onnx.__version__} knows; upgrade it, or choose one from "
+        f"{MIN_OPSET} to 23."
+    )
 
 
 def test_wrong_arguments(beside, refusal, tmp_path):
@@ -386,4 +399,4 @@ def test_a_disk_that_fills_up(left, beside, refusal, monkeypatch, tmp_path):
 def test_without_onnx(beside, refusal, monkeypatch):
     artifact = beside()
     monkeypatch.setitem(sys.modules, "onnx", None)
-    assert refusal(artifact) == "export to ONNX needs the package onnx; install it with: pip install 'hif4c[onnx]'."
+    assert refusal(artifact) == "export to ONNX needs the package onnx; install it with `pip install 'hif4c[onnx]'`."

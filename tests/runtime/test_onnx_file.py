@@ -2,7 +2,7 @@ import os
 import sys
 
 import pytest
-from onnx import helper
+from onnx import SparseTensorProto, helper
 
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.onnx_file import open_onnx
@@ -118,6 +118,10 @@ def test_external_data_hidden_in_a_function_or_a_subgraph_is_looked_at(tmp_path)
             hidden.CopyFrom(weight)
             hidden.external_data[0].value = "other.bin"
             constant = helper.make_node("Constant", [], ["c"], value=hidden)
+            if inside == "sparse attribute":
+                sparse = SparseTensorProto(values=hidden, dims=[3])
+                model.graph.node.append(helper.make_node("Constant", [], ["c"], sparse_value=sparse))
+                return
             if inside == "function":
                 model.functions.append(helper.make_function("hif4", "F", [], ["c"], [constant], model.opset_import))
             elif inside == "subgraph":
@@ -129,7 +133,7 @@ def test_external_data_hidden_in_a_function_or_a_subgraph_is_looked_at(tmp_path)
 
         return change
 
-    for inside in ("function", "subgraph", "initializers of a subgraph"):
+    for inside in ("function", "subgraph", "initializers of a subgraph", "sparse attribute"):
         with pytest.raises(Hif4Error, match=r"other\.bin: is missing"):
             open_onnx(write_small_onnx(tmp_path / "m.onnx", change=hide(inside)))
 
