@@ -6,8 +6,6 @@ import base64
 import hashlib
 import importlib.util
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 from hif4c.compiler.amounts import format_bytes
 from hif4c.compiler.calibration import Calibration
+from hif4c.compiler.journal import write_durably
 from hif4c.compiler.report_layout import lay_out
 from hif4c.compiler.report_numbers import ArtifactNumbers, ExpertNumbers, artifact_numbers, to_json
 from hif4c.runtime.artifact import Artifact
@@ -86,6 +85,8 @@ def write_report_page(
 
     if output.is_dir():
         raise Hif4Error(f"{output} is a directory; give the page a file name.")
+    if output.resolve().is_relative_to(artifact.root.resolve()):
+        raise Hif4Error(f"{output}: lies inside the artifact, whose files are all listed; choose another folder.")
     numbers = artifact_numbers(artifact, calibration, on_event)
     on_event("step", "tracing the passes")
     on_event("total", len(artifact.experts) * (1 + len(PASS_NAMES)))
@@ -315,18 +316,7 @@ def _worst(expert: ExpertNumbers) -> list[tuple[str, str, str, str]]:
 
 
 def _write(output: Path, page: bytes) -> None:
-    name = None
     try:
-        with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", delete=False) as file:
-            name = file.name
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, output)
+        write_durably(output, page)
     except OSError as error:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
         raise Hif4Error(f"{output} cannot be written ({error.strerror}); choose another place with --html.") from error

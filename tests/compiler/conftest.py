@@ -27,6 +27,19 @@ OUTLIERS = {"blocks.0.attn2.to_q": [5], "blocks.1.attn2.to_q": [5, 77]}
 """Input -> its planted channels, 40 times as large as the others."""
 
 
+MIXED = """
+description = "</script><img src=x onerror=window.hacked=1> & \\"quoted\\""
+shift = true
+mask_percentile = 99.9
+alpha = 0.5
+hadamard = 64
+rank = 2
+keep_high = ["blocks.1.attn1.to_k"]
+bf16_layers = 0.2
+bf16_steps = 0.4
+"""
+
+
 @dataclass(frozen=True)
 class CalibratedModel:
     """A checkpoint of one expert with massive channels in its affine norms, and its calibration on random calls."""
@@ -87,3 +100,15 @@ def calibrated(captures, inputs, tmp_path_factory: pytest.TempPathFactory) -> Ca
     return CalibratedModel(
         folder / "model", path, calls, checkpoint, calibration, config, lambda: captures.variant("t2v"), {}
     )
+
+
+@pytest.fixture(scope="session")
+def mixed(calibrated, quick_compile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact with something of every pass, and a program for some timesteps. Shared: copy it before changing it.
+
+    Two blocks with masks, shifts and side branches; linears of all precisions; a description that is markup.
+    """
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "mixed.toml").write_text(MIXED)
+    recipe = str(folder / "mixed.toml")
+    return quick_compile(calibrated.directory, folder / "out", recipe, calibration=calibrated.path, golden=False)

@@ -1,6 +1,7 @@
 """The report as a browser shows it: complete, without the network, whatever the artifact's strings hold."""
 
 import dataclasses
+import functools
 import re
 import time
 from unittest import mock
@@ -9,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from hif4c.compiler import inspection, report_page
+from hif4c.compiler import inspection, journal, report_page
 from hif4c.compiler.amounts import format_bytes
 from hif4c.compiler.report_page import PageContent, render_page, write_report_page
 from hif4c.runtime.artifact import open_artifact
@@ -17,16 +18,6 @@ from hif4c.runtime.errors import Hif4Error
 from hif4c.tools.cli import app
 from tests.support.browser import click, console_errors, count, open_browser, requested_urls, text_of, visit, wait
 
-RECIPE = """
-description = "</script><img src=x onerror=window.hacked=1> & \\"quoted\\""
-shift = true
-mask_percentile = 99.9
-alpha = 0.5
-hadamard = 64
-rank = 2
-keep_high = ["blocks.1.attn1.to_k"]
-bf16_steps = 0.4
-"""
 EVIL = "</script><img src=x onerror=window.hacked=1><!--<script>"
 LAYERS = 40
 LOAD_SECONDS = 3.0
@@ -34,13 +25,15 @@ PAGE_BYTES = 10e6
 
 
 @pytest.fixture(scope="module")
-def path(calibrated, quick_compile, tmp_path_factory):
-    """Two blocks with masks, shifts, side branches, a linear kept in high precision, and a second program."""
-    folder = tmp_path_factory.mktemp("report-page")
-    (folder / "mine.toml").write_text(RECIPE)
-    return quick_compile(
-        calibrated.directory, folder / "out", str(folder / "mine.toml"), calibration=calibrated.path, golden=False
-    )
+def path(mixed):
+    return mixed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def layouts():
+    """Pages of one program have the same drawings: made once."""
+    with mock.patch.object(report_page, "lay_out", functools.cache(report_page.lay_out)):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -382,12 +375,14 @@ def test_nothing_is_left_where_the_page_cannot_be_written(path, content, tmp_pat
     artifact = open_artifact(path)
     with pytest.raises(Hif4Error, match="is a directory"):
         write_report_page(artifact, tmp_path)
+    with pytest.raises(Hif4Error, match="inside the artifact, whose files are all listed"):
+        write_report_page(artifact, path / "transformer" / "page.html")
     with pytest.raises(Hif4Error, match=r"missing/report\.html cannot be written \(No such file or directory\)"):
         write_report_page(artifact, tmp_path / "missing" / "report.html")
     output = tmp_path / "report.html"
     output.write_text("old")
     with (
-        mock.patch.object(report_page.os, "fsync", side_effect=OSError(28, "No space left on device")),
+        mock.patch.object(journal.os, "fsync", side_effect=OSError(28, "No space left on device")),
         pytest.raises(Hif4Error, match="No space left on device"),
     ):
         write_report_page(artifact, output)

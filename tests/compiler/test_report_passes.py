@@ -15,27 +15,12 @@ from hif4c.runtime.artifact import Artifact, open_artifact
 from hif4c.runtime.graph import Graph, InputType, Node, Ref, TensorType, refs
 from hif4c.runtime.graph_text import count_targets
 
-RECIPE = """
-shift = true
-mask_percentile = 99.9
-alpha = 0.5
-hadamard = 64
-rank = 2
-keep_high = ["blocks.1.attn1.to_k"]
-bf16_layers = 0.2
-bf16_steps = 0.4
-"""
 KEPT = "blocks.1.attn1.to_k"
 
 
 @pytest.fixture(scope="module")
-def artifact(calibrated, quick_compile, tmp_path_factory):
-    """Two blocks with a bit of everything, and a second program for two of the three recorded timesteps."""
-    folder = tmp_path_factory.mktemp("report-passes")
-    (folder / "mine.toml").write_text(RECIPE)
-    output = folder / "out"
-    quick_compile(calibrated.directory, output, str(folder / "mine.toml"), calibration=calibrated.path, golden=False)
-    return open_artifact(output)
+def artifact(mixed):
+    return open_artifact(mixed)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +166,7 @@ def test_precisions_follow_the_plan_and_then_the_operators(passes, artifact):
 def test_what_did_not_apply_and_why(passes, artifact):
     found = passes.not_applied
     assert NotApplied("4 bits: proj_out", "boundary: output projection", "choose_precision") in found
-    assert NotApplied(f"4 bits: {KEPT}", f"recipe mine keeps {KEPT}", "choose_precision") in found
+    assert NotApplied(f"4 bits: {KEPT}", f"recipe mixed keeps {KEPT}", "choose_precision") in found
     for what, precision in (("4 bits: ", "high"), ("4-bit activations: ", "w4a16")):
         named = {
             path: item.why
