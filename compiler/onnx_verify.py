@@ -35,7 +35,7 @@ from hif4c.compiler.onnx_parts import (
 from hif4c.runtime.artifact import Artifact
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.format import dequantize, quantize
-from hif4c.runtime.golden import FLIP_MARGIN, MASK, PLANES, SIDE
+from hif4c.runtime.golden import FLIP_MARGIN, MASK, PLANES, SIDE, golden_path, relative_distance
 from hif4c.runtime.graph import Node, Ref
 from hif4c.runtime.onnx_file import INPUTS, OnnxFile, open_onnx, read_model
 from hif4c.runtime.onnx_session import CPU, make_session_of_part, run_session
@@ -138,8 +138,12 @@ def verify_onnx(
 def _check(artifact: Artifact, file: OnnxFile, providers: Sequence[str]) -> OnnxCheck:
     try:
         return _Check(artifact, file, providers).run(file)
-    except KeyError as error:
-        raise Hif4Error(f"{artifact.root}: the golden file lacks {error}; compile the artifact again.") from None
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+        raise Hif4Error(
+            f"{file.path}: cannot be compared with the program of {artifact.root} ({reason}); compile "
+            "and export it again."
+        ) from error
 
 
 class _Check:
@@ -147,11 +151,8 @@ class _Check:
 
     def __init__(self, artifact: Artifact, file: OnnxFile, providers: Sequence[str]) -> None:
         expert, variant = file.expert, file.variant
-        golden = f"golden/{expert}{'' if variant is None else f'.{variant}'}.safetensors"
-        if golden not in artifact.files:
-            raise Hif4Error(f"{artifact.root}: has no {golden}; only what has golden outputs can be verified.")
         self._path, self._providers = file.path, providers
-        self._golden = TensorFile(artifact.path(golden))
+        self._golden = TensorFile(golden_path(artifact, expert, variant))
         self._graph = artifact.graph(expert, variant)
         self._weights = artifact.tensors(expert, artifact.graph(expert).tensors)
         self._model = read_model(file.path)
@@ -180,8 +181,8 @@ class _Check:
             worst=worst,
             program_error=off[worst_value],
             worst_value=worst_value,
-            distance=_distance(sample, expected["sample"]),
-            recorded=_distance(sample, self._golden.read("sample")),
+            distance=relative_distance(sample, expected["sample"]),
+            recorded=relative_distance(sample, self._golden.read("sample")),
             flips=flips,
             activations=activations,
             flip_distance=float(self._golden.read("flip_distance")),
@@ -208,7 +209,7 @@ class _Check:
             differ += int((found[part.values].flatten() != _decoded(planes)).sum())
         errors = {}
         for part in self._linears:
-            error = _distance(found[part.result].flatten(), self._alone(part, row))
+            error = relative_distance(found[part.result].flatten(), self._alone(part, row))
             errors[part.node.module] = error / linear_tolerance(part.channels)
         return differ, errors
 
@@ -294,13 +295,9 @@ def _decoded(planes: Planes) -> torch.Tensor:
     return dequantize(codes, scales, 2 * codes.shape[-1], torch.float32)
 
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative L2 distance; infinite where anything is not finite, so that NaN never passes."""
-    error = float((found.double() - expected.double()).norm() / expected.double().norm())
-    return error if math.isfinite(error) else math.inf
-
-
 def _largest(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference over the largest expected value; infinite where anything is not finite."""
-    error = float((found - expected).abs().max() / expected.abs().max())
-    return error if math.isfinite(error) else math.inf
+    """Largest difference over the largest expected value, 0 for equal tensors; infinite where one is not finite."""
+    error = (found - expected).abs().max()
+    if not torch.isfinite(error):
+        return math.inf
+    return float(error / expected.abs().max()) if error else 0.0

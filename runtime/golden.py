@@ -16,17 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from hif4c.runtime.artifact import Artifact
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.format import dequantize
 from hif4c.runtime.graph import DEVICE, DTYPE_NAMES, DTYPES, TARGETS, Node, Ref, TensorType
 from hif4c.runtime.ops import NAMESPACE, PORTABLE
 from hif4c.runtime.transformer import CompiledTransformer
 
-__all__ = ["Replay", "make_golden", "replay"]
+__all__ = ["Replay", "golden_path", "make_golden", "relative_distance", "replay"]
 
 OnNode = Callable[[], None]
 
@@ -92,6 +94,14 @@ class Replay:
         return self.codes_differ == 0 and parts and whole
 
 
+def golden_path(artifact: Artifact, expert: str, variant: str | None = None) -> Path:
+    """The file with the golden outputs of a program; Hif4Error where the artifact has none."""
+    relative = f"golden/{expert if variant is None else f'{expert}.{variant}'}.safetensors"
+    if relative not in artifact.files:
+        raise Hif4Error(f"{artifact.root}: has no {relative}; only what has golden outputs can be verified.")
+    return artifact.path(relative)
+
+
 def make_golden(model: CompiledTransformer, on_node: OnNode = lambda: None) -> dict[str, torch.Tensor]:
     """Run the expert on seeded inputs; returns the tensors to store, inputs and expected outputs.
 
@@ -138,7 +148,7 @@ def make_golden(model: CompiledTransformer, on_node: OnNode = lambda: None) -> d
         "timestep": timestep,
         "encoder_hidden_states": text,
         "sample": sample,
-        "flip_distance": torch.tensor([_distance(sample[1:], sample[:1])], dtype=torch.float64),
+        "flip_distance": torch.tensor([relative_distance(sample[1:], sample[:1])], dtype=torch.float64),
         "row": row,
         "row.codes": codes,
         "row.scales": scales,
@@ -166,7 +176,7 @@ def replay(model: CompiledTransformer, golden: dict[str, torch.Tensor], on_node:
             if node.target in PLANES:
                 linears[node.module] = _replay_linear(model, node, golden)
 
-        distance = _distance(_call(model, inputs, compare).cpu(), golden["sample"])
+        distance = relative_distance(_call(model, inputs, compare).cpu(), golden["sample"])
         row = golden["row"]
         codes, scales = torch.ops.hif4.quantize(row.to(device))
         differ = int((codes.cpu() != golden["row.codes"]).sum() + (scales.cpu() != golden["row.scales"]).sum())
@@ -187,7 +197,7 @@ def replay(model: CompiledTransformer, golden: dict[str, torch.Tensor], on_node:
         raise Hif4Error(f"the program cannot be run on its golden inputs ({reason}); compile it again.") from error
 
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative_distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative L2 distance, 0 for equal tensors; infinite when either is not finite, so that NaN never passes."""
     if found.shape != expected.shape:
         return float("inf")
@@ -236,7 +246,7 @@ class _OperatorCheck:
         )
         # A module may have operators of several kinds.
         where = f"{node.target} of {node.module}"
-        distance = _distance(_decoded(result), _decoded(expected))
+        distance = relative_distance(_decoded(result), _decoded(expected))
         self.errors[where] = max(self.errors.get(where, 0.0), distance)
 
 
@@ -258,9 +268,9 @@ def _replay_linear(model: CompiledTransformer, node: Node, golden: dict[str, tor
     side, off = _side(model, node, x), 0.0
     if side is not None:
         recorded = golden[f"side.{node.module}"]
-        off = _distance(side.cpu(), recorded)
+        off = relative_distance(side.cpu(), recorded)
         side = recorded.to(model.device)
-    return _distance(_run_linear(model, node, x, side).cpu(), golden[f"linear.{node.module}"]), off
+    return relative_distance(_run_linear(model, node, x, side).cpu(), golden[f"linear.{node.module}"]), off
 
 
 def _bound(model: CompiledTransformer, argument: Any) -> Any:

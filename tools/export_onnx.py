@@ -20,6 +20,7 @@ from hif4c.tools.console import Reporter, console, make_table, run_command
 
 if TYPE_CHECKING:
     from hif4c.compiler.onnx_export import ExportedProgram
+    from hif4c.compiler.onnx_verify import OnnxCheck
     from hif4c.runtime.artifact import Artifact
 
 __all__ = ["export_onnx_command"]
@@ -59,6 +60,8 @@ def export_onnx_command(
 
     started = time.perf_counter()
     opened = open_artifact(artifact)
+    if verify:
+        _check_verifiable(opened, expert)
     with Reporter.open() as report:
         programs = export_onnx(
             opened,
@@ -83,8 +86,26 @@ def export_onnx_command(
     if verify and not _verify(opened, programs):
         raise typer.Exit(1)
     seconds = time.perf_counter() - started
-    written = sum(program.onnx_bytes for program in programs)
+    written = sum(program.onnx_bytes for program in programs) + _copied(programs, opened)
     console.print(report.summary(seconds, written), highlight=False, markup=False)
+
+
+def _copied(programs: Sequence[ExportedProgram], artifact: Artifact) -> int:
+    """Bytes of weights that lie beside the .onnx files and not in the artifact; two programs may read the same."""
+    files = {program.path.parent / location: size for program in programs for location, size in program.data}
+    root = artifact.root.resolve()
+    return sum(size for path, size in files.items() if not path.resolve().is_relative_to(root))
+
+
+def _check_verifiable(artifact: Artifact, experts: Sequence[str] | None) -> None:
+    """Refuse --verify where it cannot be done, before anything is written."""
+    from hif4c.runtime.golden import golden_path
+    from hif4c.runtime.onnx_session import CPU, check_providers
+
+    check_providers(CPU)
+    for name in experts or artifact.experts:
+        for variant in (None, *artifact.variants(name)):
+            golden_path(artifact, name, variant)
 
 
 def _verify(artifact: Artifact, programs: Sequence[ExportedProgram]) -> bool:
@@ -112,10 +133,11 @@ def _verify(artifact: Artifact, programs: Sequence[ExportedProgram]) -> bool:
     for check in checks:
         table.add_row(
             escape(check.path.name),
-            "identical" if check.codes_differ == 0 else f"{check.codes_differ} differ",
-            f"{check.linears}: {check.linear_error:.2f} of tolerance",
+            _codes(check),
+            f"{check.linears}: {check.linear_error:.2f} of tolerance"
+            + (f" in {escape(check.worst)}" if check.linear_error > 1 else ""),
             f"{check.program_error:.1e}" + ("" if check.passed else f" in {escape(check.worst_value)}"),
-            f"{check.flips:,} of {check.activations:,}" if check.activations else "none quantized",
+            f"{check.flips:,} of {check.activations:,}",
             f"{check.distance:.1e}",
             f"{check.flip_distance:.1e}",
             f"{check.recorded:.1e}",
@@ -128,6 +150,12 @@ def _verify(artifact: Artifact, programs: Sequence[ExportedProgram]) -> bool:
         highlight=False,
     )
     return all(check.passed for check in checks)
+
+
+def _codes(check: OnnxCheck) -> str:
+    if not check.activations:
+        return "none quantized"
+    return "identical" if check.codes_differ == 0 else f"{check.codes_differ} differ"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from hif4c.runtime.golden import (
     SIDE_ERROR,
     Replay,
     make_golden,
+    relative_distance,
     replay,
 )  # fmt: skip
 from hif4c.runtime.graph import TARGETS, Graph, InputType, Ref, TensorType
@@ -32,6 +33,15 @@ def model(artifacts):
 @pytest.fixture(scope="module")
 def golden(model):
     return make_golden(model)
+
+
+def test_distances():
+    """Equal zeros are no distance, and nothing that is not finite is near anything."""
+    zeros, ones = torch.zeros(3), torch.ones(3)
+    assert relative_distance(zeros, zeros) == 0
+    assert relative_distance(ones, zeros) == float("inf")
+    assert relative_distance(1.5 * ones, ones) == 0.5
+    assert relative_distance(ones * float("nan"), ones) == relative_distance(ones[:2], ones) == float("inf")
 
 
 def with_tensors(model, change):

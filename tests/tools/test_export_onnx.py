@@ -12,9 +12,11 @@ import pytest
 from typer.testing import CliRunner
 
 from hif4c.compiler import onnx_verify
+from hif4c.compiler.amounts import format_bytes
 from hif4c.compiler.onnx_verify import OnnxCheck
 from hif4c.runtime.errors import Hif4Error
 from hif4c.tools.cli import app
+from tests.support.forging import forge
 
 CHECK = OnnxCheck(
     path=Path("model.onnx"), expert="transformer", variant=None, linears=20, codes_differ=0, linear_error=0.5, worst="",
@@ -81,6 +83,25 @@ def test_verify(change, verdict, status, artifact, tmp_path, monkeypatch):
     assert (tmp_path / "model.onnx").is_file()
     (line,) = [line for line in result.stdout.splitlines() if verdict in line.split()]
     assert ("identical" in line) is (status == 0)
+
+
+def test_what_cannot_be_verified_is_refused_before_it_is_exported(artifact, tmp_path):
+    def without_golden(manifest):
+        manifest["files"] = {name: item for name, item in manifest["files"].items() if not name.startswith("golden/")}
+
+    forge(artifact, without_golden)
+    shutil.rmtree(artifact / "golden")
+    result = run(artifact, "-o", tmp_path / "model.onnx", "--verify")
+    assert isinstance(result.exception, Hif4Error)
+    assert "has no golden/transformer.safetensors; only what has golden outputs" in str(result.exception)
+    assert list(tmp_path.glob("*.onnx")) == []
+
+
+def test_the_summary_counts_what_is_written(artifact, tmp_path):
+    for weights in ("copy", "artifact"):
+        result = run(artifact, "-o", tmp_path / f"{weights}.onnx", "--expert", "transformer", "--weights", weights)
+        size = sum(path.stat().st_size for path in tmp_path.glob(f"{weights}.*"))
+        assert f"wrote {format_bytes(size)}" in result.stdout
 
 
 def test_as_a_program(artifact, tmp_path):
