@@ -84,7 +84,7 @@ def export_onnx(
 
     Args:
         artifact: opened; all its hashes are compared first.
-        output: a path that ends in .onnx, in a folder that is there.
+        output: a path that ends in .onnx, in a folder that is there and not in the artifact.
         experts: only these; None for all.
         opset: of ONNX's default domain, `MIN_OPSET` to `MAX_OPSET`.
         weights: "artifact": external data are the artifact's own files, which must lie below the output's folder and
@@ -104,7 +104,7 @@ def export_onnx(
     data = {name: _DataFiles(artifact, name, output, len(programs) == 1) for name in chosen}
     copied = _resolve_weights(artifact, output, weights, data.values())
     new_files = [*paths.values(), *(path for files in data.values() if copied for path in files.copies)]
-    _check_output(output, new_files)
+    _check_output(artifact, output, new_files)
     needs = {"programs": sum(ONNX_BYTES + GRAPH_FACTOR * _graph_bytes(artifact, *program) for program in programs)}
     if copied:
         needs["weights"] = sum(files.nbytes for files in data.values())
@@ -188,9 +188,14 @@ def _resolve_weights(artifact: Artifact, output: Path, weights: str, data: Itera
     return weights == "copy" or not below or bool(linked)
 
 
-def _check_output(output: Path, new_files: Sequence[Path]) -> None:
+def _check_output(artifact: Artifact, output: Path, new_files: Sequence[Path]) -> None:
     if not output.parent.is_dir():
         raise Hif4Error(f"{output.parent}: there is no such folder; make it, or choose another place for the output.")
+    if output.parent.resolve().is_relative_to(artifact.root.resolve()):
+        raise Hif4Error(
+            f"{output}: lies in the artifact, which holds nothing but what its manifest lists; write it beside the "
+            "artifact."
+        )
     for path in new_files:
         if path.exists() or path.is_symlink():
             raise Hif4Error(f"{path}: already exists; choose another output or remove it.")

@@ -333,6 +333,16 @@ def test_wrong_arguments(beside, refusal, tmp_path):
     )
 
 
+def test_an_output_in_the_artifact(beside, refusal):
+    """It would not verify any more."""
+    artifact = beside()
+    for folder in (artifact, artifact / "transformer"):
+        assert refusal(artifact, folder / "model.onnx") == (
+            f"{folder / 'model.onnx'}: lies in the artifact, which holds nothing but what its manifest lists; write it "
+            "beside the artifact."
+        )
+
+
 def test_what_is_there_already(beside, refusal, tmp_path):
     artifact = beside()
     for name in ("model.transformer_2.onnx", "model.transformer.safetensors"):
