@@ -87,6 +87,8 @@ def write_report_page(
         raise Hif4Error(f"{output} is a directory; give the page a file name.")
     if output.resolve().is_relative_to(artifact.root.resolve()):
         raise Hif4Error(f"{output}: lies inside the artifact, whose files are all listed; choose another folder.")
+    if not output.parent.is_dir():
+        raise Hif4Error(f"{output} cannot be written (No such file or directory); choose another place with --html.")
     numbers = artifact_numbers(artifact, calibration, on_event)
     on_event("step", "tracing the passes")
     on_event("total", len(artifact.experts) * (1 + len(PASS_NAMES)))

@@ -105,9 +105,18 @@ function show() {
   byId("sheet").hidden = !drawing;
   byId("text").hidden = drawing;
   if (drawing) draw(); else write();
-  byId("canvas").scrollTo(0, 0);
+  if (drawing) showFirst();
+  else byId("text").scrollTo(0, 0);
   detail();
   mark();
+}
+
+/** Begins at the drawing's corner, unless the first node that a pass took or brought, or the first of all, is not in view there. */
+function showFirst() {
+  const canvas = byId("canvas"), first = canvas.querySelector(".node.came, .node.went") ?? canvas.querySelector(".node");
+  if (!first) return;
+  const { offsetLeft: x, offsetTop: y } = first, { clientWidth: width, clientHeight: height } = canvas;
+  canvas.scrollTo(x + NODE.width > width ? x - (width - NODE.width) / 2 : 0, y + NODE.height > height ? y - LAYER : 0);
 }
 
 const tabs = () => (isPass() ? [CHANGES, BEFORE, AFTER] : step().name === "relax_activations" ? [DRAWING, TEXT, CHANGES] : [DRAWING, TEXT]);
@@ -170,8 +179,8 @@ async function draw() {
 
 function write() {
   const text = byId("text");
-  const entry = (node, kind = "", sign = "") => element("button", {
-    class: kind, "data-node": node.name, "aria-pressed": "false", text: `${sign}${line(node)}`, on: { click: () => pick(node) },
+  const entry = (node, kind = "", sign = "", more = "") => element("button", {
+    class: kind, "data-node": node.name, "aria-pressed": "false", text: `${sign}${line(node)}${more}`, on: { click: () => pick(node) },
   });
   if (view.tab === TEXT) {
     text.replaceChildren(...nodesOf(shown()).map((node) => entry(node)));
@@ -183,6 +192,14 @@ function write() {
     text.replaceChildren(element("div", { class: "fold", text: "This pass left the region as it was." }));
     return;
   }
+  const { came, went } = difference(view.region), others = { came: went, went: came };
+  /** What a node has that the one of the same line on the other side has not: how its stored tensors are made. */
+  const unlike = (index, kind) => {
+    const node = program().nodes[index];
+    const twin = (others[kind] ?? []).map((other) => program().nodes[other]).find((other) => line(other) === line(node));
+    const told = twin ? node.reads.filter((read) => !twin.reads.includes(read)) : [];
+    return told.length ? `  # ${told.join(", ")}` : "";
+  };
   const near = rows.map((_, at) => rows.slice(Math.max(0, at - 2), at + 3).some(([, kind]) => kind !== ""));
   const parts = [];
   let folded = 0;
@@ -190,7 +207,7 @@ function write() {
     if (!near[at]) { folded++; return; }
     if (folded) parts.push(element("div", { class: "fold", text: asBefore(folded) }));
     folded = 0;
-    parts.push(entry(program().nodes[index], kind, { came: "+ ", went: "− " }[kind] ?? "  "));
+    parts.push(entry(program().nodes[index], kind, { came: "+ ", went: "− " }[kind] ?? "  ", unlike(index, kind)));
   });
   if (folded) parts.push(element("div", { class: "fold", text: asBefore(folded) }));
   text.replaceChildren(...parts);

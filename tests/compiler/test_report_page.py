@@ -231,10 +231,43 @@ def test_before_and_after_a_pass(opened, content):
     assert count(opened, ".node.came") == 0
     click(opened, "#tabs button:nth-child(3)")
     assert count(opened, ".node.came") == len(came)
+    # What changed is in view, however wide the drawing is.
+    places = opened.execute_script(
+        """const box = (element) => element.getBoundingClientRect().toJSON();
+        return [box(document.getElementById("canvas")), box(document.querySelector(".node.came"))];"""
+    )
+    (canvas, node) = places
+    assert canvas["left"] <= node["left"] < node["right"] <= canvas["right"]
+    assert canvas["top"] <= node["top"] < node["bottom"] <= canvas["bottom"]
     show_pass(opened, "bf16")
     click(opened, "#tabs button:first-child")
     assert count(opened, ".node.w4a16") > 0
     assert count(opened, ".node.w4a4") == 0
+
+
+def test_changes_of_a_stored_tensor_alone_are_told(opened):
+    """The line of a node stays the same where a pass only changes what its tensor is made of."""
+    show_pass(opened, "fold_channel_shifts")
+    click(opened, '[data-region="blocks.0"] summary')
+    lines = [
+        opened.execute_script(
+            "return [...document.querySelectorAll(arguments[0])].map((line) => line.textContent.slice(2))",
+            f"#text .{kind}",
+        )
+        for kind in ("went", "came")
+    ]
+    assert len(lines[0]) == len(lines[1]) > 0
+    assert not {*lines[0]} & {*lines[1]}
+    assert any("less attn1.to_q.shift" in line for line in lines[1])
+
+
+def test_no_row_of_the_table_is_behind_its_head(opened):
+    head, row = opened.execute_script(
+        """const table = document.getElementById("linears");
+        const parts = [table.tHead.rows[1].cells[0], table.tBodies[0].rows[0]];
+        return parts.map((part) => part.getBoundingClientRect().toJSON());"""
+    )
+    assert head["bottom"] <= row["top"] + 1  # borders are shared
 
 
 def test_the_table_sorts_and_filters(opened, content):
