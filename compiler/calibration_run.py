@@ -52,7 +52,7 @@ class CalibrationOptions:
         batch: prompts sampled together, and clips in a recorded call; None for 16 of a small model, 1 of a large one.
         device: where pipeline and program run.
         sampling: settings that differ from the model's usual ones (height, width, frames, steps, guidance).
-        loras: expert -> files with their scales, fused as `hif4c compile --lora` will.
+        loras: expert -> files with their scales, fused as `hif4c compile` will with the same ones.
     """
 
     prompts: tuple[str, ...] = ()

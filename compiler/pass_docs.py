@@ -61,8 +61,8 @@ program; where a calibration finds an input to be best without a mask, its lines
 passes` writes this page. The same of an artifact:
 
 ```
-hif4c inspect OUT --stage lower_linears --block 0     the program after a pass
-hif4c inspect OUT --html report.html                  every pass, before and after, as graphs
+hif4c inspect OUT --stage lower_linears --block 0     # the program after a pass
+hif4c inspect OUT --html report.html                  # every pass, before and after, as graphs
 ```
 
 **How to read the lines.** Block 0 before (`-`) and after (`+`) the pass, in order of execution, below the path of the
