@@ -54,11 +54,6 @@ def inspect(
     from hif4c.runtime.errors import Hif4Error
     from hif4c.runtime.graph_text import count_targets, program_lines
 
-    if stage == "list":
-        from hif4c.compiler.pipeline import PASS_NAMES
-
-        console.print("\n".join(PASS_NAMES))
-        return
     if calibration is not None and html is None:
         raise Hif4Error(f"--calibration {calibration} is for the report; add --html FILE.")
     if diff is not None or model_explorer is not None or html is not None:
@@ -68,6 +63,11 @@ def inspect(
                 raise Hif4Error(
                     f"--{name} is for what is printed; leave it out beside --html, --model-explorer and --diff."
                 )
+    if stage == "list":
+        from hif4c.compiler.pipeline import PASS_NAMES
+
+        console.print("\n".join(PASS_NAMES))
+        return
     opened = open_artifact(artifact)
     if diff is not None:
         _compare(open_artifact(diff), opened)

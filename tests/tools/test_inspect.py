@@ -102,7 +102,7 @@ def test_diff_mistakes(mistake: Callable[..., str], plain: Path, tmp_path: Path)
     assert "there is no such directory" in mistake("--diff", tmp_path / "none", plain)
     assert "holds no manifest.json" in mistake("--diff", tmp_path, plain)
     assert "holds no manifest.json" in mistake("--diff", plain, tmp_path)
-    for option in (("--block", "0"), ("--graph",), ("--expert", "transformer")):
+    for option in (("--block", "0"), ("--graph",), ("--expert", "transformer"), ("--stage", "list")):
         assert f"{option[0]} is for what is printed" in mistake("--diff", plain, plain, *option)
     damaged = shutil.copytree(plain, tmp_path / "damaged")
     data = (damaged / WEIGHTS).read_bytes()
