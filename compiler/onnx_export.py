@@ -19,7 +19,7 @@ from hif4c.compiler.onnx_functions import MAX_OPSET, MIN_OPSET, check_opset
 from hif4c.runtime.artifact import Artifact
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.graph import DTYPE_NAMES, Graph, InputType
-from hif4c.runtime.onnx_file import INSTALL, METADATA_KEY
+from hif4c.runtime.onnx_file import INSTALL, METADATA_KEY, is_location
 from hif4c.runtime.safetensors_stream import TensorFile
 from hif4c.runtime.transformer_checks import check_shared_tensors
 
@@ -180,12 +180,24 @@ def _resolve_weights(artifact: Artifact, output: Path, weights: str, data: Itera
             f"{artifact.root}: does not lie below {output.parent}, and ONNX finds weights only below its file's "
             "folder; write the .onnx beside the artifact, or copy them with --weights copy."
         )
-    linked = [path for files in data for path in files.paths if path.stat().st_nlink > 1]
+    paths = [path for files in data for path in files.paths]
+    unnameable = [path for path in paths if below and not is_location(_relative(path, output.parent))]
+    if weights == "artifact" and unnameable:
+        raise Hif4Error(
+            f"{unnameable[0]}: is not a name that an .onnx file may refer to; rename the artifact's folder, or copy "
+            "the weights with --weights copy."
+        )
+    linked = [path for path in paths if path.stat().st_nlink > 1]
     if weights == "artifact" and linked:
         raise Hif4Error(
             f"{linked[0]}: has several hard links, and ONNX refuses such files; copy the weights with --weights copy."
         )
-    return weights == "copy" or not below or bool(linked)
+    return weights == "copy" or not below or bool(linked or unnameable)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """Where ONNX is told that a file below a folder is."""
+    return path.resolve().relative_to(folder.resolve()).as_posix()
 
 
 def _check_output(artifact: Artifact, output: Path, new_files: Sequence[Path]) -> None:
@@ -268,8 +280,8 @@ class _DataFiles:
         found = []
         for name, target in zip(self.names, self.copies, strict=True):
             path = self.artifact.path(name)
-            below = path.resolve().relative_to(self.folder.resolve()) if not copied else Path(target.name)
-            found.append((below.as_posix(), TensorFile(path), self.artifact.files[name][0]))
+            location = target.name if copied else _relative(path, self.folder)
+            found.append((location, TensorFile(path), self.artifact.files[name][0]))
         return _Places(tuple(found))
 
 
@@ -292,7 +304,8 @@ class _NewFiles:
         """A file for the bytes of `target`, under its temporary name."""
         path = self.temporary(target)
         try:
-            file = open(path, "wb", buffering=0)  # noqa: SIM115 - the caller's; its close has nothing left to write
+            path.unlink(missing_ok=True)  # of an export that was killed; a link there must not be written through
+            file = open(path, "xb", buffering=0)  # noqa: SIM115 - the caller's; its close has nothing left to write
         except OSError as error:
             raise Hif4Error(f"{path}: cannot be written ({error.strerror}); choose another output.") from error
         self._paths.append(path)

@@ -18,7 +18,7 @@ from hif4c.runtime.components import EXPERT_NAMES, PIPELINE_CLASSES
 from hif4c.runtime.errors import Hif4Error
 from hif4c.runtime.transformer_checks import CONFIG_KEYS
 
-__all__ = ["INPUTS", "INSTALL", "METADATA_KEY", "OUTPUTS", "OnnxFile", "open_onnx", "read_model"]
+__all__ = ["INPUTS", "INSTALL", "METADATA_KEY", "OUTPUTS", "OnnxFile", "is_location", "open_onnx", "read_model"]
 
 METADATA_KEY = "hif4c"
 """Of the model's metadata_props; its value is JSON, see `hif4c.compiler.onnx_export.export_onnx`."""
@@ -161,9 +161,18 @@ def _external_tensors(model: Any) -> Iterator[Any]:
         yield from (tensor for tensor in tensors if tensor.data_location == TensorProto.EXTERNAL)
 
 
-def _location(path: Path, location: str) -> str:
+def is_location(location: str) -> bool:
+    """Whether external data may be there: a plain path in or below the .onnx's folder.
+
+    An asterisk is refused as well: onnxruntime's sign for an address in memory in place of a file has one.
+    """
     parts = PurePosixPath(location).parts
-    if not parts or location.startswith("/") or "\\" in location or ".." in parts or not location.isprintable():
+    inside = bool(parts) and not location.startswith("/") and ".." not in parts
+    return inside and location.isprintable() and "\\" not in location and "*" not in location
+
+
+def _location(path: Path, location: str) -> str:
+    if not is_location(location):
         raise Hif4Error(
             f"{path}: reads weights from {location!r}, which is not a place in its own folder; do not use this file."
         )

@@ -21,7 +21,7 @@ from hif4c.compiler.float32_program import float32_executor
 from hif4c.compiler.onnx_export import DEFAULT_OPSET, MAX_OPSET, MIN_OPSET, ExportedProgram, export_onnx
 from hif4c.runtime.artifact import open_artifact
 from hif4c.runtime.errors import Hif4Error
-from hif4c.runtime.onnx_file import METADATA_KEY
+from hif4c.runtime.onnx_file import METADATA_KEY, open_onnx
 from hif4c.runtime.safetensors_stream import StreamingWriter, TensorFile, TensorSpec
 from tests.support.forging import forge
 
@@ -372,6 +372,24 @@ def test_weights_with_several_hard_links(beside, refusal, tmp_path):
     assert export(artifact, tmp_path / "n.onnx", experts=["transformer_2"])[0].data[0][0] == "n.safetensors"
 
 
+def test_weights_whose_name_an_onnx_file_cannot_hold(beside, refusal, tmp_path):
+    artifact = beside().rename(tmp_path / "out*.hif4")
+    weights = artifact / "transformer" / "weights.safetensors"
+    assert refusal(artifact, weights="artifact") == (
+        f"{weights}: is not a name that an .onnx file may refer to; rename the artifact's folder, or copy the weights "
+        "with --weights copy."
+    )
+    assert export(artifact, tmp_path / "m.onnx", experts=["transformer"])[0].data[0][0] == "m.safetensors"
+    open_onnx(tmp_path / "m.onnx")
+
+
+def test_a_link_in_place_of_a_partial_file_is_not_followed(artifacts, tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / ".m.onnx.partial").symlink_to(tmp_path / "mine")
+    export(artifacts("t2v", "rtn"), tmp_path / "m.onnx", experts=["transformer"])
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_a_disk_that_is_too_small(beside, refusal, monkeypatch, tmp_path):
     """Known before anything is read or written."""
     artifact = beside()
@@ -395,7 +413,7 @@ def test_a_disk_that_fills_up(left, beside, refusal, monkeypatch, tmp_path):
             return super().write(data)
 
     def opened(path: Path, mode: str, **options: Any) -> Any:
-        return FullDisk(path, mode) if mode == "wb" else open(path, mode, **options)
+        return FullDisk(path, mode) if mode == "xb" else open(path, mode, **options)
 
     artifact = beside()
     monkeypatch.setattr(onnx_export, "open", opened, raising=False)
