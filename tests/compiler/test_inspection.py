@@ -115,13 +115,8 @@ def test_an_unknown_stage_is_refused(compiled):
     "change",
     [
         lambda linears: linears.pop(),
-        lambda linears: linears[7].pop("precision"),
         lambda linears: linears[7].update(path="blocks.9.attn1.to_q"),
-        lambda linears: linears[7].update(outlier_columns="three"),
-        lambda linears: linears[7].update(mask=["m"]),
         lambda linears: [linear.update(outlier_columns=128) for linear in linears[5:8]],
-        lambda linears: linears[7].update(precision="w2a2"),
-        lambda linears: linears[7].update(rank="all"),
         lambda linears: linears[7].update(shift="another"),
     ],
 )
